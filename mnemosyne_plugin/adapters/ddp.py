@@ -1,0 +1,138 @@
+"""Plain torch DDP: the smallest complete adapter, and the template for others.
+
+    session = mnemosyne_plugin.attach(model=ddp, optimizer=optimizer)
+    for step in range(session.step, num_steps):
+        loss = session.run(train_step, *batch(step))
+
+``train_step`` does everything of one step: zero_grad, forward, backward, clipping and
+one ``optimizer.step()``. If a worker is lost in it, it is run again on repaired groups.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mnemosyne_plugin import recovery
+from mnemosyne_plugin.errors import ConfigError, FatalError
+from mnemosyne_plugin.recovery.commit import Outcome
+from mnemosyne_plugin.recovery.manager import Manager
+from mnemosyne_plugin.state.manifest import Entry
+from mnemosyne_plugin.state.rng import capture_rng, restore_rng
+from mnemosyne_plugin.state.torch_state import (
+    Buffers,
+    Tensors,
+    allocate_optimizer,
+    check_manifest,
+    load_optimizer_scalars,
+    module_tensors,
+    optimizer_scalars,
+    optimizer_tensors,
+)
+
+
+class _Redo(BaseException):
+    """Unwinds a doomed step; not an Exception, so that user code lets it pass."""
+
+
+class _DdpState:
+    """The replicated state: model, optimizer, scheduler."""
+
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+
+    def tensors(self) -> Tensors:
+        return module_tensors(self._model) | optimizer_tensors(self._optimizer)
+
+    def allocate(self, manifest: Sequence[Entry]) -> Tensors:
+        allocate_optimizer(self._optimizer, manifest)
+        tensors = self.tensors()
+        check_manifest(tensors, manifest)
+        return {entry.key: tensors[entry.key] for entry in manifest}
+
+    def scalars(self) -> dict[str, Any]:
+        scheduler = self._scheduler.state_dict() if self._scheduler else None
+        return {"optimizer": optimizer_scalars(self._optimizer), "scheduler": scheduler}
+
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        load_optimizer_scalars(self._optimizer, scalars["optimizer"])
+        if self._scheduler:
+            self._scheduler.load_state_dict(scalars["scheduler"])
+
+
+class Session:
+    """Runs steps of a protected training loop. Made by ``attach``."""
+
+    def __init__(
+        self,
+        manager: Manager,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self._manager = manager
+        self._buffers = Buffers(model)
+        self._has_voted = False
+        optimizer.register_step_pre_hook(self._before_mutation)
+
+    @property
+    def step(self) -> int:
+        """Number of the next step; not 0 where this worker replaces a lost one."""
+        return self._manager.version
+
+    def run(self, train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one step and return what ``train_step`` returned.
+
+        ``train_step(*args, **kwargs)`` may be called more than once: each time with the
+        same random state and buffers, and only the last one mutates parameters.
+        """
+        self._manager.phase("data")
+        self._manager.begin()
+        self._buffers.remember()
+        rng = capture_rng()
+        while True:
+            self._has_voted = False
+            self._manager.phase("forward")
+            try:
+                result = train_step(*args, **kwargs)
+            except _Redo:
+                restore_rng(rng)
+                self._buffers.restore()
+                continue
+            if not self._has_voted:
+                raise FatalError("train_step must call optimizer.step() exactly once")
+            self._manager.end()
+            return result
+
+    def _before_mutation(self, *_: Any) -> None:
+        if self._has_voted:
+            raise FatalError("train_step must call optimizer.step() exactly once")
+        if self._manager.commit() is Outcome.REDO:
+            raise _Redo
+        self._has_voted = True
+
+
+def attach(
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any = None,
+) -> Session:
+    """Protect a training loop: call it on every rank, right before the loop.
+
+    model: the DistributedDataParallel module; its state must be equal on all ranks.
+    scheduler: anything with ``state_dict`` and ``load_state_dict``.
+
+    Raises ConfigError if this process was not started by `mnemosyne run`.
+    """
+    manager = recovery.current()
+    if manager is None:
+        raise ConfigError(
+            "attach() protects workers that `mnemosyne run` started; start this "
+            "script by `mnemosyne run` in place of torchrun"
+        )
+    manager.attach(_DdpState(model, optimizer, scheduler), None)
+    return Session(manager, model, optimizer)

@@ -1,0 +1,392 @@
+"""Per rank: drives the step's commit, and the recovery when it fails.
+
+RUNNING > FENCED > RECONFIGURING > RESTORING > RUNNING; a failure in any of them goes
+back to FENCED under a newer epoch. All methods run on the main thread.
+"""
+
+import base64
+import json
+import logging
+import pickle
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from mnemosyne_plugin import ccl
+from mnemosyne_plugin.ccl.intercept import group_ids, serve_process_groups
+from mnemosyne_plugin.errors import FatalError, RecoverableError, StateMismatch
+from mnemosyne_plugin.events import EventLog
+from mnemosyne_plugin.recovery.agent_link import AgentLink
+from mnemosyne_plugin.recovery.channel import Channel
+from mnemosyne_plugin.recovery.commit import (
+    Decision,
+    Outcome,
+    Report,
+    buddies,
+    decide,
+    wards,
+)
+from mnemosyne_plugin.recovery.control import ControlGroup
+from mnemosyne_plugin.recovery.membership import Membership
+from mnemosyne_plugin.state.manifest import TrainingState
+from mnemosyne_plugin.state.rng import RngState, capture_rng, restore_rng, same_rng
+from mnemosyne_plugin.state.snapshot import Mirrors, capacity_for
+from mnemosyne_plugin.state.transfer import (
+    receive_blob,
+    receive_state,
+    send_blob,
+    send_state,
+)
+
+logger = logging.getLogger(__name__)
+
+_NUM_BUDDIES = 2  # so that a rank and its neighbour may be lost at once
+_TIMEOUT_S = 1800.0  # longest wait for a membership: a fresh worker may be starting
+_LOCAL_TAG = 121
+
+
+class State(Enum):
+    """What this rank is busy with."""
+
+    RUNNING = "running"
+    FENCED = "fenced"
+    RECONFIGURING = "reconfiguring"
+    RESTORING = "restoring"
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What the agent gives to a worker that takes a rank."""
+
+    rank: int
+    membership: Membership
+    setup_log: bytes | None
+    """The set-up log of the rank's first worker; None for that one itself."""
+
+
+class Position(Protocol):
+    """Where this rank is in its data; the adapter implements it for its loader."""
+
+    def get(self) -> Any:
+        """Return the position behind the last batch handed out. Picklable."""
+
+    def seek(self, position: Any, rng: RngState) -> None:
+        """Hand out the batches behind ``position``; ``rng`` is the state there."""
+
+
+class Manager:
+    """The recovery runtime of one rank."""
+
+    def __init__(
+        self,
+        *,
+        mesh: ccl.Mesh,
+        channel: Channel,
+        seat: Seat,
+        events: EventLog,
+        on_phase: Callable[[int, str, int], None] | None = None,
+    ) -> None:
+        """Take the seat; ``start`` joins the job.
+
+        on_phase(rank, phase, step) is called at the begin of each phase of a step.
+        """
+        self.mesh = mesh
+        self.rank = seat.rank
+        self.world_size = len(seat.membership.members)
+        self.version = 0
+        self._events = events
+        self._agent = AgentLink(mesh, channel, seat.rank, seat.membership, events)
+        self._on_phase = on_phase
+        self._setup_log = seat.setup_log
+        self._is_setting_up = True
+        self._is_newcomer = seat.setup_log is not None
+        self._has_voted = False
+        self._state = State.RUNNING
+        self._training: TrainingState | None = None
+        self._position: Position | None = None
+        self._rng: RngState | None = None
+        self._begin_rng: RngState | None = None
+        self._is_first_step = self._is_newcomer
+        ring = (self.rank, self.world_size, _NUM_BUDDIES)
+        self._mirrors = Mirrors(buddies(*ring), wards(*ring))
+
+    # --- set-up -------------------------------------------------------------------
+
+    @property
+    def is_setting_up_alone(self) -> bool:
+        """True while a newcomer runs the script's set-up without the others."""
+        return self._setup_log is not None and self._is_setting_up
+
+    def start(self) -> None:
+        """Join the mesh, and record the set-up or replay that of the dead worker."""
+        self._agent.reconfigure(self._agent.membership)
+        self._control = ControlGroup(self.mesh, self.world_size)
+        if self._setup_log is None:
+            self.mesh.start_recording()
+        else:
+            self.mesh.start_replay(self._setup_log)
+        ccl.register(lambda: self.mesh)
+        serve_process_groups(lambda: self.is_setting_up_alone)
+        self._agent.start()
+
+    def attach(self, training: TrainingState, position: Position | None) -> None:
+        """Protect this state. On a newcomer it returns with the job's state in place.
+
+        Called by an adapter when the script has built everything, before its first
+        step. Raises FatalError if nobody holds the state.
+        """
+        if self._training is not None:
+            raise FatalError("one training state per process can be protected")
+        self._training = training
+        self._position = position
+        self._agent.send("protected", step=self.version)
+        if self._is_newcomer:
+            self._events.emit("setup_done", epoch=self.mesh.epoch, rank=self.rank)
+            self._recover()
+
+    # --- one step -----------------------------------------------------------------
+
+    def phase(self, name: str) -> None:
+        """Note that this rank enters a phase of step number ``version``."""
+        if self._on_phase is not None:
+            self._on_phase(self.rank, name, self.version)
+
+    def begin(self) -> None:
+        """Begin step number ``version``: from here to ``end`` failures are absorbed."""
+        self.phase("between")
+        if self._is_setting_up:
+            self._end_setup()
+        while True:
+            try:
+                self._begin()
+                return
+            except RecoverableError:
+                self._recover()
+
+    def _begin(self) -> None:
+        failure = self.mesh.failure()
+        if failure is not None:
+            raise failure
+        if self._begin_rng is not None:
+            restore_rng(self._begin_rng)
+            self._begin_rng = None
+        rng = capture_rng()
+        if self._rng is None or not same_rng(rng, self._rng):
+            if not self._mirrors.is_connected:
+                largest = self._control.maximum(len(self._pack(rng)))
+                self._mirrors.connect(self._control, capacity_for(largest))
+            self._rng = rng
+            self._mirrors.send_begin(self.version, self._pack(rng))
+        self.mesh.absorb(True)
+
+    def commit(self) -> Outcome:
+        """Vote, in front of the first mutation; all reductions are done.
+
+        COMMIT: mutate now, then call ``end``. REDO: the job was repaired; drop the
+        gradients, run the step again and call ``commit`` again.
+        """
+        try:
+            failure = self.mesh.failure()
+            if failure is not None:
+                raise failure
+            rng = capture_rng()
+            self._mirrors.remember(self.version + 1, self._pack(rng))
+            self._mirrors.collect()
+            self._mirrors.exchange(self.version + 1)
+            self.phase("vote")
+            self._vote()
+        except RecoverableError:
+            decision = self._recover()
+            if decision.outcome(self.rank) is Outcome.REDO:
+                self._has_voted = False
+                self._events.emit(
+                    "redo", epoch=self.mesh.epoch, rank=self.rank, step=self.version
+                )
+                return Outcome.REDO
+            # The others have done this mutation, collectives in it included.
+            self.mesh.start_replay(b"")
+            rng = capture_rng()
+        self._rng = rng
+        self.phase("optimizer")
+        return Outcome.COMMIT
+
+    def end(self) -> None:
+        """End the step: its mutation is done, ``version`` is one more."""
+        self.mesh.stop_replay()
+        self.mesh.absorb(False)
+        self.version += 1
+        self._has_voted = False
+        if self._is_first_step:
+            self._is_first_step = False
+            self._events.emit(
+                "first_step",
+                epoch=self.mesh.epoch,
+                rank=self.rank,
+                step=self.version - 1,
+            )
+
+    def finish(self) -> None:
+        """The script is done: stay as a source of state until all ranks are."""
+        self._agent.send("done")
+        while (membership := self._agent.wait_for_news(None)) is not None:
+            if self._agent.is_finished:
+                return
+            if self._training is not None:
+                self._recover()
+            else:
+                self._agent.reconfigure(membership)
+
+    def close(self) -> None:
+        """Stop the thread. The mesh and the channel belong to the caller."""
+        self._agent.close()
+
+    # --- commit and recovery ------------------------------------------------------
+
+    def _vote(self) -> None:
+        self._has_voted = True
+        lowest, highest = self._control.minimum(self.version, -self.version)
+        highest = -highest
+        if lowest != highest:
+            raise StateMismatch(
+                f"ranks are at different steps ({lowest} to {highest}): does every "
+                "rank run the same number of steps?",
+                key="step",
+            )
+
+    def _recover(self) -> Decision:
+        """Bring the whole job to one version. Returns when this rank is part of it."""
+        if self._training is None:
+            raise FatalError("a worker was lost before the job was protected")
+        deadline = time.monotonic() + _TIMEOUT_S
+        while True:
+            try:
+                decision = self._recover_once(deadline)
+                self._enter(State.RUNNING)
+                self._emit_groups()
+                return decision
+            except RecoverableError as error:
+                logger.info("rank=%d recovery failed: %s; again", self.rank, error)
+                self._enter(State.FENCED)
+
+    def _recover_once(self, deadline: float) -> Decision:
+        failure = self.mesh.failure()
+        if failure is not None or self._agent.membership.epoch > self.mesh.epoch:
+            self._enter(State.FENCED)
+            membership = self._agent.wait_for_news(deadline - time.monotonic())
+            if membership is None:
+                raise FatalError(
+                    f"no membership after epoch {self.mesh.epoch} from the agent "
+                    f"({failure}); see the agent's log"
+                )
+            self._enter(State.RECONFIGURING)
+            links_replaced = self._agent.reconfigure(membership)
+            self._events.emit(
+                "reconfigured",
+                epoch=membership.epoch,
+                rank=self.rank,
+                links_replaced=links_replaced,
+            )
+        reports = self._exchange_reports()
+        decision = decide(reports)
+        self._enter(State.RESTORING)
+        largest = max(report.mirror_bytes for report in reports)
+        self._restore(decision, capacity_for(largest))
+        self._is_first_step = True
+        return decision
+
+    def _exchange_reports(self) -> list[Report]:
+        self._mirrors.collect()
+        report = Report(
+            rank=self.rank,
+            newcomer=self._is_newcomer,
+            version=self.version,
+            has_voted=self._has_voted,
+            mirrors=self._mirrors.held(),
+            mirror_bytes=len(self._pack(capture_rng())),
+        )
+        blobs = self._control.gather(json.dumps(report.to_json()).encode())
+        return [Report.from_json(json.loads(blob)) for blob in blobs]
+
+    def _restore(self, decision: Decision, capacity: int) -> None:
+        assert self._training is not None
+        packs: dict[int, bytes] = {}
+        works: list[Any] = []
+        for newcomer, source in decision.local_sources.items():
+            if source == self.rank:
+                pair = self._mirrors.packs_of(newcomer, decision.target)
+                works += send_blob(
+                    self._control, pickle.dumps(pair), newcomer, _LOCAL_TAG
+                )
+            elif newcomer == self.rank:
+                packs[source] = receive_blob(self._control, source, _LOCAL_TAG)
+        begun = time.monotonic()
+        for newcomer in decision.newcomers:
+            if self.rank in decision.sources:
+                send_state(
+                    self._control,
+                    self._training,
+                    rank=self.rank,
+                    sources=decision.sources,
+                    newcomer=newcomer,
+                )
+        for work in works:
+            work.wait()
+        if self.rank in decision.newcomers:
+            size = receive_state(
+                self._control, self._training, sources=decision.sources
+            )
+            self._events.emit(
+                "state_received",
+                epoch=self.mesh.epoch,
+                rank=self.rank,
+                bytes=size,
+                seconds=time.monotonic() - begun,
+            )
+            for pair_bytes in packs.values():
+                self._take_local(decision.target, *pickle.loads(pair_bytes))
+            self.version = decision.target
+            self._is_newcomer = False
+        self._mirrors.connect(self._control, capacity)
+        self._mirrors.exchange(decision.target)
+
+    def _take_local(self, version: int, after: bytes, begin: bytes) -> None:
+        self._mirrors.remember(version, after)
+        local = pickle.loads(after)
+        restore_rng(local["rng"])
+        self._rng = local["rng"]
+        if begin:
+            self._begin_rng = pickle.loads(begin)["rng"]
+        if self._position is not None:
+            self._position.seek(local["position"], local["rng"])
+
+    def _pack(self, rng: RngState) -> bytes:
+        position = self._position.get() if self._position is not None else None
+        return pickle.dumps({"rng": rng, "position": position})
+
+    def _end_setup(self) -> None:
+        self._is_setting_up = False
+        if self._setup_log is not None:
+            self.mesh.stop_replay()
+        else:
+            log = self.mesh.stop_recording()
+            self._agent.send("setup_log", data=base64.b64encode(log).decode())
+            self._agent.send("modules", names=list(sys.modules))
+        self._emit_groups()
+
+    def _emit_groups(self) -> None:
+        self._events.emit("groups", rank=self.rank, ids=group_ids())
+
+    def _enter(self, state: State) -> None:
+        if state is not self._state:
+            logger.info(
+                "rank=%d epoch=%d step=%d %s > %s",
+                self.rank,
+                self.mesh.epoch,
+                self.version,
+                self._state.value,
+                state.value,
+            )
+        self._state = state

@@ -1,0 +1,1 @@
+"""What a rank owns, and how it moves to a newcomer."""

@@ -1,0 +1,128 @@
+"""Local state of each rank (RNG, data position), kept by its buddies in host memory.
+
+A *pack* is the pickled local state of one rank at one version (number of committed
+steps). Each rank sends the pack of the next version to its buddies before it votes, and
+votes only when it holds its wards' packs: so a committed step implies that every
+rank's local state survives the rank. A second pack travels at the begin of a
+step, only if the script moved a generator between two steps.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mnemosyne_plugin.errors import StateMismatch
+from mnemosyne_plugin.state.transfer import Endpoint
+
+_AFTER_TAG, _BEGIN_TAG = 111, 112
+_HEADER_BYTES = 16  # version and length, little-endian int64 each
+_KEPT_VERSIONS = 2  # the committed one, and the one that the vote in flight decides
+
+
+class Mirrors:
+    """This rank's packs, and those of its wards. Used by one thread at a time."""
+
+    def __init__(self, buddies: Sequence[int], wards: Sequence[int]) -> None:
+        self._buddies = buddies
+        self._wards = wards
+        self._own: dict[int, bytes] = {}
+        self._after: dict[int, dict[int, bytes]] = {ward: {} for ward in wards}
+        self._begin: dict[int, dict[int, bytes]] = {ward: {} for ward in wards}
+        self._own_begin = (0, b"")
+        self._capacity = 0
+        self._pending: dict[int, tuple[torch.Tensor, Any]] = {}
+        self._sends: list[Any] = []
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the ranks have agreed on a capacity."""
+        return self._capacity > 0
+
+    def connect(self, endpoint: Endpoint, capacity: int) -> None:
+        """Use ``endpoint`` from now on. Every rank must pass the same ``capacity``.
+
+        Called in every new epoch, because receives of the old one are cancelled.
+        """
+        self._endpoint = endpoint
+        self._capacity = capacity
+        self._sends = []
+        self._pending = {ward: self._receive(ward, _BEGIN_TAG) for ward in self._wards}
+        if self._own_begin[1]:
+            self.send_begin(*self._own_begin)
+
+    def remember(self, version: int, pack: bytes) -> None:
+        """Keep this rank's own pack, to be sent by ``exchange``."""
+        self._own[version] = pack
+        _forget(self._own)
+
+    def exchange(self, version: int) -> None:
+        """Send the own pack of ``version`` and wait for those of all wards.
+
+        A rank without such a pack (nothing is committed yet) sends an empty one.
+        """
+        pack = self._own.get(version, b"")
+        works = self._send(version, pack, _AFTER_TAG)
+        receives = {ward: self._receive(ward, _AFTER_TAG) for ward in self._wards}
+        for ward, (buffer, work) in receives.items():
+            work.wait()
+            self._keep(self._after[ward], buffer)
+        for work in [*works, *self._sends]:
+            work.wait()
+        self._sends = []
+
+    def send_begin(self, version: int, pack: bytes) -> None:
+        """Start sending the pack of the begin of a step; nobody waits for it."""
+        self._own_begin = (version, pack)
+        self._sends += self._send(version, pack, _BEGIN_TAG)
+
+    def collect(self) -> None:
+        """Take in the begin packs that have arrived."""
+        for ward, (buffer, work) in self._pending.items():
+            while work.is_completed() and work.is_success():
+                self._keep(self._begin[ward], buffer)
+                buffer, work = self._pending[ward] = self._receive(ward, _BEGIN_TAG)
+
+    def held(self) -> dict[int, tuple[int, ...]]:
+        """Return ward -> versions whose pack this rank holds."""
+        return {ward: tuple(packs) for ward, packs in self._after.items()}
+
+    def packs_of(self, ward: int, version: int) -> tuple[bytes, bytes]:
+        """Return a ward's packs after the last and at the begin of the next step."""
+        after, begin = self._after[ward], self._begin[ward]
+        return after.get(version, b""), begin.get(version, b"")
+
+    def _send(self, version: int, pack: bytes, tag: int) -> list[Any]:
+        if len(pack) > self._capacity - _HEADER_BYTES:
+            raise StateMismatch(
+                f"local state grew to {len(pack)} bytes, its buddies expect at most "
+                f"{self._capacity - _HEADER_BYTES}",
+                key="local",
+            )
+        header = version.to_bytes(8, "little") + len(pack).to_bytes(8, "little")
+        buffer = torch.zeros(self._capacity, dtype=torch.uint8)
+        content = torch.frombuffer(bytearray(header + pack), dtype=torch.uint8)
+        buffer[: len(content)] = content
+        return [self._endpoint.send([buffer], buddy, tag) for buddy in self._buddies]
+
+    def _receive(self, ward: int, tag: int) -> tuple[torch.Tensor, Any]:
+        buffer = torch.empty(self._capacity, dtype=torch.uint8)
+        return buffer, self._endpoint.recv([buffer], ward, tag)
+
+    def _keep(self, packs: dict[int, bytes], buffer: torch.Tensor) -> None:
+        content = bytes(buffer.numpy())
+        version = int.from_bytes(content[:8], "little")
+        length = int.from_bytes(content[8:_HEADER_BYTES], "little")
+        if length:
+            packs[version] = content[_HEADER_BYTES : _HEADER_BYTES + length]
+            _forget(packs)
+
+
+def capacity_for(largest_pack_bytes: int) -> int:
+    """Return the message size that all ranks use: room to grow to twice the size."""
+    return _HEADER_BYTES + 4096 * (-(-2 * largest_pack_bytes // 4096))
+
+
+def _forget(packs: dict[int, bytes]) -> None:
+    for version in sorted(packs)[:-_KEPT_VERSIONS]:
+        del packs[version]

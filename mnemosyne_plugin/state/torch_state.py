@@ -1,0 +1,149 @@
+"""Tensors and scalars of torch modules and optimizers, by stable keys.
+
+The building blocks of every adapter's ``TrainingState``.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mnemosyne_plugin.errors import StateMismatch
+from mnemosyne_plugin.state.manifest import Entry, torch_dtype
+
+Tensors = dict[str, torch.Tensor]
+
+
+def module_tensors(module: torch.nn.Module) -> Tensors:
+    """Return parameters and all buffers, the non-persistent ones too."""
+    tensors: Tensors = {}
+    for name, parameter in module.named_parameters():
+        tensors[f"parameter/{name}"] = parameter.data
+    for name, buffer in module.named_buffers():
+        tensors[f"buffer/{name}"] = buffer
+    return tensors
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    """Return the state tensors of each parameter, keyed by group and position."""
+    tensors: Tensors = {}
+    for place, parameter in _parameters(optimizer):
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer/{place}/{name}"] = value
+    return tensors
+
+
+def allocate_optimizer(
+    optimizer: torch.optim.Optimizer, manifest: Sequence[Entry]
+) -> None:
+    """Make the state tensors that ``manifest`` names, on their parameter's device.
+
+    Scalars such as Adam's ``step`` stay on the CPU, where torch keeps them.
+    """
+    parameters = dict(_parameters(optimizer))
+    optimizer.state.clear()
+    for entry in manifest:
+        kind, _, rest = entry.key.partition("/")
+        if kind != "optimizer":
+            continue
+        place, _, name = rest.rpartition("/")
+        if place not in parameters:
+            raise StateMismatch(
+                f"replicas hold {entry.key}, this rank's optimizer has no such "
+                "parameter; does the script build the same model on every rank?",
+                key=entry.key,
+            )
+        parameter = parameters[place]
+        device = parameter.device if entry.shape else torch.device("cpu")
+        optimizer.state[parameter][name] = torch.empty(
+            entry.shape, dtype=torch_dtype(entry.dtype), device=device
+        )
+
+
+def optimizer_scalars(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what is no tensor: hyper-parameters per group, other per-state values."""
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    state = {
+        place: {
+            name: value
+            for name, value in optimizer.state.get(parameter, {}).items()
+            if not isinstance(value, torch.Tensor)
+        }
+        for place, parameter in _parameters(optimizer)
+    }
+    return {"groups": groups, "state": {k: v for k, v in state.items() if v}}
+
+
+def load_optimizer_scalars(
+    optimizer: torch.optim.Optimizer, scalars: Mapping[str, Any]
+) -> None:
+    """Take what ``optimizer_scalars`` of a replica returned."""
+    if len(scalars["groups"]) != len(optimizer.param_groups):
+        raise StateMismatch(
+            f"replicas have {len(scalars['groups'])} parameter groups, this rank has "
+            f"{len(optimizer.param_groups)}",
+            key="optimizer",
+        )
+    for group, values in zip(optimizer.param_groups, scalars["groups"], strict=True):
+        group.update(values)
+    parameters = dict(_parameters(optimizer))
+    for place, values in scalars["state"].items():
+        optimizer.state[parameters[place]].update(values)
+
+
+def check_manifest(
+    tensors: Mapping[str, torch.Tensor], manifest: Sequence[Entry]
+) -> None:
+    """Raise StateMismatch unless ``tensors`` are just what ``manifest`` says."""
+    wanted = {entry.key: entry for entry in manifest}
+    for key in wanted.keys() ^ tensors.keys():
+        side = "only its replicas have" if key in wanted else "only this rank has"
+        raise StateMismatch(f"newcomer differs: {side} {key}", key=key)
+    for key, tensor in tensors.items():
+        entry = wanted[key]
+        got = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        if got != (entry.shape, entry.dtype):
+            raise StateMismatch(
+                f"newcomer differs at {key}: replicas have {entry.dtype}"
+                f"{list(entry.shape)}, this rank has {got[1]}{list(got[0])}",
+                key=key,
+            )
+
+
+class Buffers:
+    """Remembers the buffers that forward mutates, such as BatchNorm statistics.
+
+    All of them are copied at each step: the version counter does not tell which moved
+    (torch's batch norm changes its statistics without it).
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._copies: dict[str, torch.Tensor] = {}
+
+    def remember(self) -> None:
+        """Note the contents now, before the step's first forward."""
+        for name, buffer in self._module.named_buffers():
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != buffer.shape or copy.dtype != buffer.dtype:
+                self._copies[name] = buffer.detach().clone()
+            else:
+                copy.copy_(buffer)
+
+    def restore(self) -> None:
+        """Put back the contents noted last."""
+        with torch.no_grad():
+            for name, buffer in self._module.named_buffers():
+                buffer.copy_(self._copies[name])
+
+
+def _parameters(
+    optimizer: torch.optim.Optimizer,
+) -> Iterable[tuple[str, torch.Tensor]]:
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            yield f"{group_index}/{index}", parameter

@@ -1,0 +1,175 @@
+"""Transfer of state between ranks, over an endpoint made of queues."""
+
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from mnemosyne_plugin.errors import StateMismatch
+from mnemosyne_plugin.state.manifest import Entry
+from mnemosyne_plugin.state.snapshot import Mirrors, capacity_for
+from mnemosyne_plugin.state.torch_state import (
+    Buffers,
+    Tensors,
+    allocate_optimizer,
+    check_manifest,
+    load_optimizer_scalars,
+    module_tensors,
+    optimizer_scalars,
+    optimizer_tensors,
+)
+from mnemosyne_plugin.state.transfer import receive_state, send_state
+
+
+class Wire:
+    """Messages between ranks in one process; ``corrupt`` flips a bit of stripes."""
+
+    def __init__(self, corrupt: bool = False) -> None:
+        self.corrupt = corrupt
+        self._queues: dict[tuple[int, int, int], queue.Queue[torch.Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def queue(self, source: int, dst: int, tag: int) -> "queue.Queue[torch.Tensor]":
+        with self._lock:
+            return self._queues.setdefault((source, dst, tag), queue.Queue())
+
+
+class Receive:
+    def __init__(self, source: "queue.Queue[torch.Tensor]", tensor: torch.Tensor):
+        self._source, self._tensor, self._done = source, tensor, False
+
+    def wait(self) -> None:
+        if not self._done:
+            self._tensor.copy_(self._source.get(timeout=10))
+            self._done = True
+
+    def is_completed(self) -> bool:
+        if not self._done and not self._source.empty():
+            self.wait()
+        return self._done
+
+    def is_success(self) -> bool:
+        return self._done
+
+
+class Done:
+    def wait(self) -> None:
+        pass
+
+
+class Port:
+    """One rank's end of the wire."""
+
+    def __init__(self, wire: Wire, rank: int) -> None:
+        self._wire, self._rank = wire, rank
+
+    def send(self, tensors: list[torch.Tensor], dst: int, tag: int) -> Any:
+        copy = tensors[0].clone()
+        if self._wire.corrupt and tag == 102:
+            copy[0] ^= 1
+        self._wire.queue(self._rank, dst, tag).put(copy)
+        return Done()
+
+    def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> Any:
+        return Receive(self._wire.queue(src, self._rank, tag), tensors[0])
+
+
+class Toy:
+    """A model with an optimizer; ``width`` lets a test build another structure."""
+
+    def __init__(self, seed: int, width: int = 7, steps: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(5, width), torch.nn.BatchNorm1d(width)
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1 + seed)
+        for _ in range(steps):
+            self.model(torch.randn(4, 5)).square().sum().backward()
+            self.optimizer.step()
+
+    def tensors(self) -> Tensors:
+        return module_tensors(self.model) | optimizer_tensors(self.optimizer)
+
+    def allocate(self, manifest: Sequence[Entry]) -> Tensors:
+        allocate_optimizer(self.optimizer, manifest)
+        tensors = self.tensors()
+        check_manifest(tensors, manifest)
+        return {entry.key: tensors[entry.key] for entry in manifest}
+
+    def scalars(self) -> dict[str, Any]:
+        return optimizer_scalars(self.optimizer)
+
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        load_optimizer_scalars(self.optimizer, scalars)
+
+
+def transfer(source: Toy, newcomer: Toy, wire: Wire) -> int:
+    sources = (0, 1, 3)
+    for rank in sources:
+        send_state(Port(wire, rank), source, rank=rank, sources=sources, newcomer=2)
+    return receive_state(Port(wire, 2), newcomer, sources=sources)
+
+
+def test_a_newcomer_becomes_bit_identical_to_its_replicas() -> None:
+    source, newcomer = Toy(1, steps=3), Toy(2)
+    size = transfer(source, newcomer, Wire())
+    theirs, ours = source.tensors(), newcomer.tensors()
+    assert theirs.keys() == ours.keys()
+    for key, tensor in theirs.items():
+        assert torch.equal(tensor, ours[key]), key
+    assert size == sum(t.numel() * t.element_size() for t in theirs.values())
+    assert newcomer.optimizer.param_groups[0]["lr"] == 1.1
+
+
+def test_a_flipped_bit_fails_the_checksum() -> None:
+    with pytest.raises(StateMismatch, match="checksum"):
+        transfer(Toy(1, steps=1), Toy(2), Wire(corrupt=True))
+
+
+def test_a_newcomer_of_another_structure_is_refused_by_key() -> None:
+    with pytest.raises(StateMismatch) as caught:
+        transfer(Toy(1, steps=1), Toy(2, width=8), Wire())
+    assert caught.value.key == "parameter/0.weight"
+
+
+def test_buddies_hold_the_packs_of_the_last_two_versions() -> None:
+    wire = Wire()
+    ranks = [Mirrors([1 - rank], [1 - rank]) for rank in range(2)]
+    for rank, mirrors in enumerate(ranks):
+        mirrors.connect(Port(wire, rank), capacity_for(100))
+    for version in (1, 2, 3):
+        for rank, mirrors in enumerate(ranks):
+            mirrors.remember(version, f"after {version} of {rank}".encode())
+        threads = [threading.Thread(target=m.exchange, args=(version,)) for m in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+    ranks[0].send_begin(3, b"begin 3 of 0")
+    ranks[1].collect()
+    assert ranks[1].held() == {0: (2, 3)}
+    assert ranks[1].packs_of(0, 3) == (b"after 3 of 0", b"begin 3 of 0")
+    assert ranks[1].packs_of(0, 2) == (b"after 2 of 0", b"")
+
+
+def test_local_state_that_outgrows_its_message_is_an_error() -> None:
+    mirrors = Mirrors([1], [])
+    mirrors.connect(Port(Wire(), 0), capacity_for(10))
+    with pytest.raises(StateMismatch):
+        mirrors.send_begin(1, bytes(5000))
+
+
+def test_buffers_come_back_as_they_were_before_the_step() -> None:
+    toy = Toy(1)
+    buffers = Buffers(toy.model)
+    buffers.remember()
+    before = {k: v.clone() for k, v in toy.model.named_buffers()}
+    toy.model(torch.randn(4, 5))
+    assert not torch.equal(before["1.running_mean"], toy.model[1].running_mean)
+    buffers.restore()
+    for key, value in toy.model.named_buffers():
+        assert torch.equal(before[key], value), key
