@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mnemosyne_plugin.errors import StateMismatch
+from mnemosyne_plugin.errors import RecoverableError, StateMismatch
 from mnemosyne_plugin.state.transfer import Endpoint
 
 _AFTER_TAG, _BEGIN_TAG = 111, 112
@@ -79,7 +79,11 @@ class Mirrors:
     def collect(self) -> None:
         """Take in the begin packs that have arrived."""
         for ward, (buffer, work) in self._pending.items():
-            while work.is_completed() and work.is_success():
+            while work.is_completed():
+                try:
+                    work.wait()
+                except RecoverableError:
+                    break  # cancelled; `connect` asks again
                 self._keep(self._begin[ward], buffer)
                 buffer, work = self._pending[ward] = self._receive(ward, _BEGIN_TAG)
 

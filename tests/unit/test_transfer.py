@@ -51,9 +51,6 @@ class Receive:
             self.wait()
         return self._done
 
-    def is_success(self) -> bool:
-        return self._done
-
 
 class Done:
     def wait(self) -> None:

@@ -47,7 +47,7 @@ class EngineState:
     def scalars(self) -> dict[str, Any]:
         scheduler = self._engine.lr_scheduler
         return {
-            "counters": {name: getattr(self._engine, name) for name in _COUNTERS},
+            "counters": self._counters(),
             "optimizer": optimizer_scalars(self._optimizer),
             "wrapper": {
                 place: _scalars_of(owner) for place, owner in self._owners().items()
@@ -63,6 +63,13 @@ class EngineState:
             vars(owner).update(scalars["wrapper"][place])
         if self._engine.lr_scheduler is not None:
             self._engine.lr_scheduler.load_state_dict(scalars["scheduler"])
+
+    def _counters(self) -> dict[str, int]:
+        counters = {name: getattr(self._engine, name) for name in _COUNTERS}
+        # A source is in the middle of the step that the newcomer begins.
+        per_step = self._engine.gradient_accumulation_steps()
+        counters["micro_steps"] -= counters["micro_steps"] % per_step
+        return counters
 
     def _owners(self) -> dict[str, Any]:
         """Return the objects around the torch optimizer that count or scale."""
