@@ -1,7 +1,8 @@
 """The ``torch.backends`` entry point: ``import torch`` calls ``autoload`` by itself.
 
-It only sets a hook that runs right after DeepSpeed was imported. Everything else is
-imported when it is needed: a process that never uses us pays less than a millisecond.
+It only sets a hook that runs right after DeepSpeed's engine was imported. All the rest
+is imported when it is needed: a process that never uses us pays less than a millisecond
+(wrapt's post-import hooks would do, but importing wrapt alone takes longer than that).
 """
 
 import importlib.util
@@ -10,31 +11,31 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+_ENGINE = "deepspeed.runtime.engine"  # the package itself may be importing torch now
+
 
 def autoload() -> None:
-    """Set the hooks. Called by torch at the end of its import."""
-    if "deepspeed" in sys.modules:
-        _hook_deepspeed(sys.modules["deepspeed"])
-    elif not any(isinstance(finder, _PostImport) for finder in sys.meta_path):
+    """Set the hook. Called by torch at the end of its import."""
+    if not any(isinstance(finder, _PostImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PostImport())
 
 
-def _hook_deepspeed(module: ModuleType) -> None:
-    from mnemosyne_plugin.adapters.deepspeed import hook
-
-    hook(module)
-
-
 class _PostImport:
-    """A meta-path finder that finds nothing new: it runs our hook after deepspeed."""
+    """A meta-path finder that finds nothing new: it has the engine's loader call us."""
+
+    _is_searching = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> Any:
-        if name != "deepspeed":
+        """Return what the other finders find, with a loader that runs the hook."""
+        if name != _ENGINE or self._is_searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._is_searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._is_searching = False
         if spec is not None and spec.loader is not None:
             spec.loader = _HookedLoader(spec.loader)  # type: ignore[assignment]
         return spec
@@ -51,7 +52,9 @@ class _HookedLoader:
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _hook_deepspeed(module)
+        from mnemosyne_plugin.adapters.deepspeed import hook
+
+        hook(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

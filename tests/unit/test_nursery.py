@@ -57,7 +57,14 @@ def test_a_module_that_starts_a_thread_is_named(tmp_path: Path) -> None:
 
 def test_the_standard_library_and_site_packages_are_libraries() -> None:
     homes = nursery._library_folders()
-    for name in ("json.decoder", "sys", "torch.optim", "pytest", "zipimport"):
+    for name in (
+        "json.decoder",
+        "sys",
+        "torch.optim",
+        "pytest",
+        "zipimport",
+        "mnemosyne_plugin.errors",
+    ):
         assert nursery._may_preload(name, homes), name
-    for name in ("__main__", "mnemosyne_plugin.cli", "no_such_module", ""):
+    for name in ("__main__", "no_such_module", ""):
         assert not nursery._may_preload(name, homes), name

@@ -1,8 +1,8 @@
 """DeepSpeed: protects an engine, as the ``"mnemosyne"`` section of ds_config asks."""
 
 import functools
+import importlib
 import os
-from collections.abc import Callable
 from typing import Any
 
 from mnemosyne_plugin import recovery
@@ -10,31 +10,43 @@ from mnemosyne_plugin.config import Config
 from mnemosyne_plugin.errors import ConfigError
 
 
-def hook(deepspeed: Any) -> None:
-    """Wrap ``deepspeed.initialize``; called right after the module was imported."""
-    if not callable(getattr(deepspeed, "initialize", None)):
-        raise ConfigError("this DeepSpeed has no initialize(); want 0.19.8 to 0.19.x")
+def hook(engine_module: Any) -> None:
+    """Have every engine protected when it is built, if its config asks for it.
+
+    Called right after ``deepspeed.runtime.engine`` was imported.
+    """
+    engine_class = getattr(engine_module, "DeepSpeedEngine", None)
+    if engine_class is None:
+        raise ConfigError("this DeepSpeed has no engine; want 0.19.8 to 0.19.x")
     if "MNEMOSYNE_WORKER" in os.environ:
-        # Our backend serves the groups of a process that `mnemosyne run` started, so
-        # the shared-memory op (a compile of 47 s at first use) would never be called.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.initialize = _protecting(deepspeed.initialize)
+        _leave_out_shm_op()
+    initialize = engine_class.__init__
 
-
-def _protecting(initialize: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(initialize)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        engine, optimizer, loader, scheduler = initialize(*args, **kwargs)
+    def wrapper(engine: Any, *args: Any, **kwargs: Any) -> None:
+        initialize(engine, *args, **kwargs)
         section = (engine.config or {}).get("mnemosyne")
         if section is not None and Config.from_section(section).enabled:
-            loader = attach(engine, loader)
-        return engine, optimizer, loader, scheduler
+            attach(engine)
 
-    return wrapper
+    engine_class.__init__ = wrapper
 
 
-def attach(engine: Any, loader: Any = None) -> Any:
-    """Protect ``engine``; returns the loader to use in place of ``loader``.
+def _leave_out_shm_op() -> None:
+    """Keep DeepSpeed from compiling its shared-memory op (47 s at first use).
+
+    In a process that `mnemosyne run` started, our backend serves the groups, so the op
+    would never be called.
+    """
+    # As an attribute, deepspeed.comm.torch is torch itself.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    if not callable(getattr(backend, "build_shm_op", None)):
+        raise ConfigError("DeepSpeed has no build_shm_op; want 0.19.8 to 0.19.x")
+    backend.build_shm_op = lambda: None
+
+
+def attach(engine: Any) -> None:
+    """Protect ``engine``, and the data loader that it made from ``training_data``.
 
     On a newcomer it returns with the job's state in place. Raises ConfigError if this
     process was not started by `mnemosyne run`, or the engine is of a kind that is not
@@ -54,14 +66,15 @@ def attach(engine: Any, loader: Any = None) -> Any:
 
     check_targets(engine)
     check_supported(engine)
-    position = PositionedLoader(loader, manager) if loader is not None else None
-    if position is not None:
+    position = None
+    if engine.training_dataloader is not None:
+        position = PositionedLoader(engine.training_dataloader, manager)
         engine.training_dataloader = position
     if manager.rank == 0 and not manager.is_setting_up_alone:
         print(_summary(manager.world_size, position is not None), flush=True)
-    manager.attach(EngineState(engine), position)
-    EngineHooks(engine, manager).install()
-    return position
+    state = EngineState(engine)
+    manager.attach(state, position)
+    EngineHooks(engine, state, manager).install()
 
 
 def _summary(world_size: int, has_loader: bool) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from mnemosyne_plugin.adapters.deepspeed.state import EngineState
 from mnemosyne_plugin.errors import ConfigError, StateMismatch
 from mnemosyne_plugin.recovery.commit import Outcome
 from mnemosyne_plugin.recovery.manager import Manager
@@ -50,6 +51,10 @@ def check_targets(engine: Any) -> None:
             )
 
 
+class _Redo(BaseException):
+    """Unwinds a doomed step; not an Exception, so that the engine lets it pass."""
+
+
 @dataclass(slots=True)
 class _MicroBatch:
     """What a redo needs of one forward and backward."""
@@ -78,11 +83,13 @@ class _MicroBatch:
 class EngineHooks:
     """Wraps the methods of one engine instance."""
 
-    def __init__(self, engine: Any, manager: Manager) -> None:
+    def __init__(self, engine: Any, state: EngineState, manager: Manager) -> None:
         self._engine = engine
+        self._state = state
         self._manager = manager
         self._buffers = Buffers(engine.module)
         self._micro_batches: list[_MicroBatch] = []
+        self._is_committed = False
 
     def install(self) -> None:
         """Put the wrappers in place."""
@@ -91,6 +98,8 @@ class EngineHooks:
         self._forward = engine.forward
         engine.forward = self.forward
         engine._take_model_step = self.take_model_step
+        # Gradients and norms are reduced by then, and nothing is mutated yet.
+        self._state.optimizer.register_step_pre_hook(self._commit)
         engine.backward = self._with_phase("backward", engine.backward)
         engine.allreduce_gradients = self._with_phase(
             "reduce",
@@ -113,12 +122,25 @@ class EngineHooks:
         return output
 
     def take_model_step(self, lr_kwargs: Any = None) -> None:
-        """In place of engine._take_model_step: commits the step, then mutates."""
-        while self._manager.commit() is Outcome.REDO:
-            self._redo()
-        self._take_model_step(lr_kwargs)
+        """In place of engine._take_model_step: commits, then lets the engine mutate."""
+        mark = self._state.mark()
+        while True:
+            self._is_committed = False
+            try:
+                self._take_model_step(lr_kwargs)
+                if not self._is_committed:  # skipped, because a gradient overflowed
+                    self._commit()
+                break
+            except _Redo:
+                self._state.undo(mark)
+                self._redo()
         self._micro_batches.clear()
         self._manager.end()
+
+    def _commit(self, *_: Any) -> None:
+        if self._manager.commit() is Outcome.REDO:
+            raise _Redo
+        self._is_committed = True
 
     def _redo(self) -> None:
         engine = self._engine

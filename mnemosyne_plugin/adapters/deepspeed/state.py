@@ -28,18 +28,18 @@ class EngineState:
         self._engine = engine
         # A bf16 engine wraps the torch optimizer, which then owns fp32 copies.
         self._wrapper = engine.optimizer
-        self._optimizer = getattr(self._wrapper, "optimizer", self._wrapper)
+        self.optimizer = torch_optimizer(engine)
 
     def tensors(self) -> Tensors:
         tensors = module_tensors(self._engine.module)
-        if self._wrapper is not self._optimizer:
-            for number, group in enumerate(self._optimizer.param_groups):
+        if self._wrapper is not self.optimizer:
+            for number, group in enumerate(self.optimizer.param_groups):
                 for index, parameter in enumerate(group["params"]):
                     tensors[f"master/{number}/{index}"] = parameter.data
-        return tensors | optimizer_tensors(self._optimizer)
+        return tensors | optimizer_tensors(self.optimizer)
 
     def allocate(self, manifest: Sequence[Entry]) -> Tensors:
-        allocate_optimizer(self._optimizer, manifest)
+        allocate_optimizer(self.optimizer, manifest)
         tensors = self.tensors()
         check_manifest(tensors, manifest)
         return {entry.key: tensors[entry.key] for entry in manifest}
@@ -47,35 +47,50 @@ class EngineState:
     def scalars(self) -> dict[str, Any]:
         scheduler = self._engine.lr_scheduler
         return {
-            "counters": self._counters(),
-            "optimizer": optimizer_scalars(self._optimizer),
-            "wrapper": {
-                place: _scalars_of(owner) for place, owner in self._owners().items()
-            },
+            "counters": self._counters_at_begin(),
+            "optimizer": optimizer_scalars(self.optimizer),
+            "wrapper": self._wrapper_scalars(),
             "scheduler": scheduler.state_dict() if scheduler is not None else None,
         }
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        for name, value in scalars["counters"].items():
-            setattr(self._engine, name, value)
-        load_optimizer_scalars(self._optimizer, scalars["optimizer"])
-        for place, owner in self._owners().items():
-            vars(owner).update(scalars["wrapper"][place])
+        self.undo(scalars)
+        load_optimizer_scalars(self.optimizer, scalars["optimizer"])
         if self._engine.lr_scheduler is not None:
             self._engine.lr_scheduler.load_state_dict(scalars["scheduler"])
 
-    def _counters(self) -> dict[str, int]:
+    def mark(self) -> dict[str, Any]:
+        """Return what a step changes before, or without, its mutation."""
         counters = {name: getattr(self._engine, name) for name in _COUNTERS}
+        return {"counters": counters, "wrapper": self._wrapper_scalars()}
+
+    def undo(self, mark: Mapping[str, Any]) -> None:
+        """Go back to ``mark``."""
+        for name, value in mark["counters"].items():
+            setattr(self._engine, name, value)
+        for place, owner in self._owners().items():
+            vars(owner).update(mark["wrapper"][place])
+
+    def _counters_at_begin(self) -> dict[str, int]:
+        counters: dict[str, int] = self.mark()["counters"]
         # A source is in the middle of the step that the newcomer begins.
         per_step = self._engine.gradient_accumulation_steps()
         counters["micro_steps"] -= counters["micro_steps"] % per_step
         return counters
 
+    def _wrapper_scalars(self) -> dict[str, dict[str, Any]]:
+        return {place: _scalars_of(owner) for place, owner in self._owners().items()}
+
     def _owners(self) -> dict[str, Any]:
         """Return the objects around the torch optimizer that count or scale."""
-        if self._wrapper is self._optimizer:
+        if self._wrapper is self.optimizer:
             return {}
         return {"wrapper": self._wrapper, "scale": self._wrapper.loss_scale_config}
+
+
+def torch_optimizer(engine: Any) -> Any:
+    """Return the optimizer whose ``step`` mutates the parameters."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def _scalars_of(owner: Any) -> dict[str, Any]:
@@ -105,9 +120,13 @@ def check_supported(engine: Any) -> None:
                 f"mnemosyne cannot protect {reason} yet; protected are ZeRO stage 0 in "
                 "fp32 and bf16. Set mnemosyne.enabled to false to run unprotected"
             )
-    wrapper = engine.optimizer
-    is_plain = isinstance(wrapper, torch.optim.Optimizer)
-    if not is_plain and not hasattr(wrapper, "fp32_groups"):
+    optimizer = torch_optimizer(engine)
+    is_bf16 = optimizer is not engine.optimizer
+    # torch marks the step functions that run its hooks; our vote is one of them.
+    is_hooked = getattr(type(optimizer).step, "hooked", False)
+    is_known = hasattr(engine.optimizer, "fp32_groups") if is_bf16 else True
+    if not (isinstance(optimizer, torch.optim.Optimizer) and is_hooked and is_known):
         raise ConfigError(
-            f"mnemosyne cannot protect the optimizer {type(wrapper).__name__} yet"
+            f"mnemosyne cannot protect the optimizer {type(engine.optimizer).__name__} "
+            "yet; use one of torch.optim"
         )
