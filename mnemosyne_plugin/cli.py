@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
 
 from mnemosyne_plugin import __version__, report
 from mnemosyne_plugin.errors import ConfigError, MnemosyneError
@@ -23,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("mnemosyne_plugin").setLevel(logging.INFO)
     try:
         if words[:1] == ["run"]:
-            return _run(words[1:])
+            _run(words[1:])
         args = _parser().parse_args(words)
         print(report.table(report.recoveries(args.run_dir)) or "no recoveries")
         return 0
@@ -52,9 +54,8 @@ def _run_dir(path: str) -> str:
     return path
 
 
-def _run(words: Sequence[str]) -> int:
-    from mnemosyne_plugin.launch import run
-
+def _run(words: Sequence[str]) -> NoReturn:
+    run = _import_launcher()
     parser = run.get_parser()
     parser.add_argument(
         "--chaos",
@@ -65,13 +66,38 @@ def _run(words: Sequence[str]) -> int:
     )
     args = parser.parse_args(words)
     if not args.chaos:
-        return run.run(args)
+        _leave(run.run(args))
     from mnemosyne_plugin import chaos
 
     for spec in args.chaos:
         chaos.parse(spec)
     os.environ["MNEMOSYNE_CHAOS"] = json.dumps(args.chaos)
-    return run.run(args, entry_module=_CHAOS)
+    _leave(run.run(args, entry_module=_CHAOS))
+
+
+def _import_launcher() -> ModuleType:
+    """Import the launcher, with torch's C++ quiet in this process only.
+
+    It would report the end of a store, which we do ourselves, with a stack of frames.
+    """
+    name = "TORCH_CPP_LOG_LEVEL"
+    is_set = name in os.environ
+    os.environ.setdefault(name, "ERROR")
+    from mnemosyne_plugin.launch import run
+
+    if not is_set:
+        del os.environ[name]
+    return run
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """End this process without Python's clean-up.
+
+    It would end threads that still wait in the store, which C++ takes for a crash.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _console() -> logging.Handler:

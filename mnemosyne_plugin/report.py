@@ -59,7 +59,12 @@ def recoveries(run_dir: str | Path) -> list[Recovery]:
 
 
 def from_events(events: Sequence[Event]) -> list[Recovery]:
-    """Return the recoveries that these events, oldest first, tell of."""
+    """Return the recoveries that these events, oldest first, tell of.
+
+    A run directory may have been used before: only its last job counts.
+    """
+    starts = [i for i, event in enumerate(events) if event.name == "job_started"]
+    events = events[starts[-1] :] if starts else events
     agreed: dict[int, float] = {}
     initial: set[int] = set()
     is_initial = True
@@ -97,7 +102,10 @@ def _recovery(
 ) -> Recovery:
     last = epochs[-1]
     window = [e for e in events if since < e.time_s <= agreed[last]]
-    signs = [e for e in window if e.name == "link_lost" or _is_death(e)]
+    # Late reports of links that an earlier membership replaced are no news.
+    lost = [e for e in window if e.name == "link_lost"]
+    lost = [e for e in lost if e.fields["epoch"] >= epochs[0] - 1]
+    signs = [*lost, *(e for e in window if _is_death(e))]
     links = _of(events, epochs, "reconfigured")
     states = _of(events, epochs, "state_received")
     redone: dict[int, int] = {}

@@ -35,6 +35,24 @@ class _Redo(BaseException):
     """Unwinds a doomed step; not an Exception, so that user code lets it pass."""
 
 
+class _FixedBuckets:
+    """A DDP reducer that keeps the buckets it began with.
+
+    DDP lays its buckets out anew after a process's first step, in the order in which
+    gradients became ready. A newcomer makes its first step when the others have long
+    done so, and reductions fit only between equal buckets.
+    """
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+
 class _DdpState:
     """The replicated state: model, optimizer, scheduler."""
 
@@ -134,5 +152,7 @@ def attach(
             "attach() protects workers that `mnemosyne run` started; start this "
             "script by `mnemosyne run` in place of torchrun"
         )
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model.reducer = _FixedBuckets(model.reducer)  # type: ignore[assignment]
     manager.attach(_DdpState(model, optimizer, scheduler), None)
     return Session(manager, model, optimizer)

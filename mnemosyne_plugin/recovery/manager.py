@@ -143,6 +143,7 @@ class Manager:
         self._training = training
         self._position = position
         self._agent.send("protected", step=self.version)
+        self._agent.send("modules", names=list(sys.modules))
         if self._is_newcomer:
             self._events.emit("setup_done", epoch=self.mesh.epoch, rank=self.rank)
             self._recover()
@@ -373,7 +374,6 @@ class Manager:
         else:
             log = self.mesh.stop_recording()
             self._agent.send("setup_log", data=base64.b64encode(log).decode())
-            self._agent.send("modules", names=list(sys.modules))
         self._emit_groups()
 
     def _emit_groups(self) -> None:

@@ -1,5 +1,6 @@
 """A redone step leaves the engine as an undisturbed one: real DeepSpeed."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -80,10 +81,15 @@ def loss_of(out: torch.Tensor, y: torch.Tensor, noise: Any) -> torch.Tensor:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank() -> Iterator[None]:
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        # Without its shared-memory op, which takes a compiler and a minute.
+        backend = importlib.import_module("deepspeed.comm.torch")
+        patch.setattr(backend, "build_shm_op", lambda: None)
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
 
 
 def engine_of(precision: str, criterion: str, manager: FakeManager) -> Any:

@@ -1,0 +1,1 @@
+"""``mnemosyne run``: agents that keep survivors, and a nursery of warm workers."""
