@@ -1,0 +1,68 @@
+# Nothing else is needed on a fresh machine: every target first makes what it needs.
+# The first run installs (minutes), the next ones take seconds.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  := torch==2.13.0
+
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+BUILT     := $(VENV)/built
+CPP       := $(shell find csrc tests/cpp -name '*.cc' -o -name '*.h' 2>/dev/null)
+NATIVE    := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+# Several processes per core already: more threads only make them slower.
+export OMP_NUM_THREADS := 1
+
+.PHONY: demo test build lint format types sanitize bench clean
+
+demo: $(BUILT)
+	$(BIN)/python examples/deepspeed_gpt/demo.py
+
+test: $(BUILT) cpp
+	$(BIN)/pytest
+
+build: $(BUILT)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+types: $(BUILT)
+	$(BIN)/mypy
+
+# The C++ tests, plain and under the sanitizers; none of them needs torch.
+.PHONY: cpp asan tsan
+cpp: SANITIZE =
+asan: SANITIZE = address,undefined
+tsan: SANITIZE = thread
+cpp asan tsan: $(INSTALLED)
+	$(BIN)/cmake -S tests/cpp -B build/$@ -G Ninja -DMNEMOSYNE_SANITIZE=$(SANITIZE) \
+	    -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build build/$@
+	$(BIN)/ctest --test-dir build/$@ --output-on-failure --timeout 120
+
+sanitize: asan tsan
+
+bench: $(BUILT)
+	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info mnemosyne_plugin/ccl/_C*.so
+
+$(INSTALLED): requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(BUILT): $(INSTALLED) $(NATIVE)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@

@@ -1,0 +1,152 @@
+"""The example as a job of two kinds: under Mnemosyne, and plain under torchrun."""
+
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mnemosyne_plugin.events import read_events
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+TRAIN = ROOT / "examples" / "deepspeed_gpt" / "train.py"
+CONFIGS = ROOT / "configs"
+NUM_RANKS = 4
+SETTINGS = {
+    "DS_ACCELERATOR": "cpu",
+    # Four ranks share few cores: more threads would only make both kinds slower.
+    "OMP_NUM_THREADS": "1",
+    # Else torchrun 2.13 lends its rendezvous store to the workers, and a restarted
+    # gloo job dials the addresses that the dead attempt had left there.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+DEADLINE_S = 600
+POLL_S = 0.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One finished step of one rank."""
+
+    step: int
+    rank: int
+    time_s: float
+
+
+class Job:
+    """A running job that writes a time stamp per finished step and rank."""
+
+    def __init__(self, folder: Path, command: list[str]) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self._output = (folder / "output.txt").open("wb")
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **SETTINGS},
+        )
+        self._deadline = time.monotonic() + DEADLINE_S
+
+    def lines(self) -> list[Line]:
+        """Return what has been finished so far, in the order of the file."""
+        path = time_log(self.folder)
+        if not path.exists():
+            return []
+        rows = (row.split() for row in path.read_text().splitlines())
+        return [Line(step=int(s), rank=int(r), time_s=float(t)) for s, r, t in rows]
+
+    def wait_for_step(self, step: int) -> None:
+        """Return as soon as some rank has finished a step."""
+        while all(line.step < step for line in self.lines()):
+            self._check()
+            time.sleep(POLL_S)
+
+    def wait(self) -> None:
+        """Wait for the good end of the job."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(self._deadline - time.monotonic(), 0))
+        if self._process.poll() != 0:
+            self._fail(f"ended with {self._process.poll()}")
+
+    def close(self) -> None:
+        """End the job if it still runs."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(30)
+        self._output.close()
+
+    def _check(self) -> None:
+        if self._process.poll() is not None:
+            self._fail(f"ended too early with {self._process.poll()}")
+        if time.monotonic() > self._deadline:
+            self._fail(f"did not end in {DEADLINE_S} s")
+
+    def _fail(self, what: str) -> None:
+        tail = (self.folder / "output.txt").read_text(errors="replace")[-4000:]
+        self.close()
+        raise SystemExit(f"{tail}\n{self.folder.name}: the job {what}")
+
+
+def time_log(folder: Path) -> Path:
+    return folder / "times.txt"
+
+
+def protected(folder: Path, steps: int) -> Job:
+    """Start the example under `mnemosyne run` with one standby."""
+    command = [str(BIN / "mnemosyne"), "run", "--standalone"]
+    command += [f"--nproc-per-node={NUM_RANKS}", "--standby=1", f"--run-dir={folder}"]
+    command += [str(TRAIN), f"--deepspeed_config={CONFIGS / 'ds_config_gpt.json'}"]
+    return Job(folder, command + _log_args(folder, steps))
+
+
+def plain(folder: Path, steps: int, *options: str, max_restarts: int = 0) -> Job:
+    """Start the example as DeepSpeed users do: torchrun and gloo, without us."""
+    command = [str(BIN / "torchrun"), "--standalone"]
+    command += [f"--nproc-per-node={NUM_RANKS}", f"--max-restarts={max_restarts}"]
+    command += [str(Path(__file__).with_name("plain_train.py"))]
+    command += [f"--deepspeed_config={CONFIGS / 'ds_config_gpt_plain.json'}", *options]
+    return Job(folder, command + _log_args(folder, steps))
+
+
+def _log_args(folder: Path, steps: int) -> list[str]:
+    return [f"--steps={steps}", f"--time-log={time_log(folder)}"]
+
+
+def protected_pid(job: Job, rank: int) -> int:
+    """Return the process that holds a rank under `mnemosyne run`."""
+    seated = [e for e in read_events(job.folder) if e.name == "seated"]
+    return [e.fields["pid"] for e in seated if e.fields["rank"] == rank][-1]
+
+
+def plain_pid(job: Job, rank: int) -> int:
+    """Return the process that holds a rank under torchrun, by its environment."""
+    mine = f"--time-log={time_log(job.folder)}".encode()
+    wanted = f"RANK={rank}".encode()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if mine not in Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0"):
+                continue
+            if wanted in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                return int(name)
+    raise SystemExit(f"no process of rank {rank}")
+
+
+def recovered_at(lines: list[Line], killed_at: float) -> tuple[int, float]:
+    """Return the step, and when all ranks had finished it, that ended a recovery.
+
+    It is the first step that no rank had finished before the kill. A rank whose log
+    line died with it is not counted for that step: the next one is.
+    """
+    newest = max(line.step for line in lines if line.time_s < killed_at)
+    times: dict[int, dict[int, float]] = defaultdict(dict)
+    for line in lines:
+        if line.time_s > killed_at and line.step > newest:
+            times[line.step].setdefault(line.rank, line.time_s)
+    step = min(s for s, of_ranks in times.items() if len(of_ranks) == NUM_RANKS)
+    return step, max(times[step].values())

@@ -1,0 +1,53 @@
+// The collectives, each as one coroutine. Operation says which buffers they
+// take.
+//
+// Reduction order depends on the ranks, the sizes and the root, on nothing
+// else: a step that is redone gives the same bits.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "ccl/operation.h"
+#include "ccl/task.h"
+
+namespace mnemosyne::ccl {
+
+Task allReduce(Operation& op);
+Task reduceToRoot(Operation& op);
+Task reduceScatter(Operation& op);
+Task allGather(Operation& op);
+Task broadcast(Operation& op);
+Task gather(Operation& op);
+Task scatter(Operation& op);
+Task allToAll(Operation& op);
+Task barrier(Operation& op);
+Task monitoredBarrier(Operation& op);
+Task sendMessage(Operation& op);
+Task receiveMessage(Operation& op);
+
+// The one for op.kind. Requires: the operation outlives it.
+Task algorithmFor(Operation& op);
+
+// How many messages a pipeline has in flight: one that is reduced, one that
+// arrives, and two that are announced, so that no link runs dry.
+constexpr size_t kPipeline = 4;
+
+using Scratch = std::unique_ptr<std::byte[]>;
+inline Scratch makeScratch(size_t size) {
+  return std::make_unique_for_overwrite<std::byte[]>(size);
+}
+
+// The part of a buffer that is its n-th chunk; empty beyond its end.
+Buffer chunkOf(const Buffer& buffer, size_t n);
+// Number of chunks, at least one.
+size_t numChunks(size_t size);
+
+// A binomial tree over the ranks, counted from the root.
+struct Tree {
+  Tree(int rank, int size, int root);
+  int parent = -1;            // -1 at the root
+  std::vector<int> children;  // nearest first
+};
+
+}  // namespace mnemosyne::ccl

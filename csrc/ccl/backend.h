@@ -1,0 +1,145 @@
+// The engine as a c10d backend. Translation only: checks what the user gave,
+// turns tensors into buffers, and operations into c10d::Work.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <torch/csrc/distributed/c10d/Work.hpp>
+
+#include "ccl/group.h"
+#include "ccl/mesh.h"
+#include "ccl/operation.h"
+
+namespace mnemosyne::ccl {
+
+class BackendWork final : public c10d::Work, public Operation {
+ public:
+  BackendWork(int rank, c10d::OpType type, const char* title,
+              const std::vector<at::Tensor>& inputs, uint64_t number)
+      : c10d::Work(rank, type, title, inputs), number_(number) {}
+
+  // ---- before it is submitted
+  // The tensor's memory, or a contiguous copy of it.
+  Buffer read(const at::Tensor& tensor);
+  // As read(), and what is there at the end is copied back. `is_filled`: the
+  // operation reads it too.
+  Buffer write(const at::Tensor& tensor, bool is_filled = false);
+  // Memory of its own, for what is packed into one message.
+  Buffer stage(size_t size);
+  // At the end, what the operation has written to `from` is copied.
+  void copyBack(const Buffer& to, const Buffer& from);
+  void setResult(std::vector<at::Tensor> tensors);
+  void setResult(std::vector<std::vector<at::Tensor>> lists);
+  // Requires: called once; nothing above is called afterwards.
+  void submitTo(Mesh& mesh);
+
+  // ---- c10d::Work, any thread
+  bool wait(std::chrono::milliseconds timeout) override;
+  void synchronize() override { wait(kNoTimeout); }
+  int sourceRank() const override { return source_rank; }
+  std::vector<at::Tensor> result() override;
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
+  uint64_t getSequencenumber() const override { return number_; }
+  void abort() override {}
+
+ private:
+  void complete(std::exception_ptr error,
+                CallbackThread& callbacks) noexcept override;
+  void unstage() override;
+  void settle(const c10::intrusive_ptr<c10::ivalue::Future>& future);
+
+  const uint64_t number_;
+  std::vector<std::vector<at::Tensor>> results_;
+  std::vector<at::Tensor> kept_;                     // their memory is used
+  std::vector<std::pair<Buffer, Buffer>> unpacked_;  // to, from
+  std::vector<std::pair<at::Tensor, at::Tensor>> unstaged_;  // to, from
+  c10::intrusive_ptr<BackendWork> self_;  // from submission to completion
+  c10::intrusive_ptr<c10::ivalue::Future> future_;  // guarded by mutex_
+};
+
+// One process group. Thread-safe as far as c10d demands: operations of one
+// group are submitted in one order.
+class MnemosyneBackend final : public c10d::Backend {
+ public:
+  using Tensors = std::vector<at::Tensor>;
+  using TensorLists = std::vector<std::vector<at::Tensor>>;
+  using WorkPtr = c10::intrusive_ptr<c10d::Work>;
+
+  MnemosyneBackend(std::shared_ptr<Mesh> mesh, std::shared_ptr<Group> group)
+      : c10d::Backend(group->rank(), group->size()),
+        mesh_(std::move(mesh)),
+        group_(std::move(group)),
+        timeout_(group_->timeout()) {}
+
+  const std::string getBackendName() const override { return "mnemosyne"; }
+  c10::intrusive_ptr<Options> getBackendOptions() override;
+  void setTimeout(std::chrono::milliseconds timeout) override;
+  void setSequenceNumberForGroup() override {}
+  uint64_t getSequenceNumberForGroup() override { return next_number_; }
+  c10d::ErrorType getError() override;
+  void abort() override;
+  void startCoalescing() override;
+  WorkPtr endCoalescing() override;
+
+  WorkPtr broadcast(Tensors& tensors, const c10d::BroadcastOptions&) override;
+  WorkPtr allreduce(Tensors& tensors, const c10d::AllreduceOptions&) override;
+  WorkPtr allreduce_coalesced(Tensors& tensors,
+                              const c10d::AllreduceCoalescedOptions&) override;
+  WorkPtr reduce(Tensors& tensors, const c10d::ReduceOptions&) override;
+  WorkPtr allgather(TensorLists& outputs, Tensors& inputs,
+                    const c10d::AllgatherOptions&) override;
+  WorkPtr _allgather_base(at::Tensor& output, at::Tensor& input,
+                          const c10d::AllgatherOptions&) override;
+  WorkPtr allgather_coalesced(TensorLists& outputs, Tensors& inputs,
+                              const c10d::AllgatherOptions&) override;
+  WorkPtr allgather_into_tensor_coalesced(
+      Tensors& outputs, Tensors& inputs,
+      const c10d::AllgatherOptions&) override;
+  WorkPtr gather(TensorLists& outputs, Tensors& inputs,
+                 const c10d::GatherOptions&) override;
+  WorkPtr scatter(Tensors& outputs, TensorLists& inputs,
+                  const c10d::ScatterOptions&) override;
+  WorkPtr reduce_scatter(Tensors& outputs, TensorLists& inputs,
+                         const c10d::ReduceScatterOptions&) override;
+  WorkPtr _reduce_scatter_base(at::Tensor& output, at::Tensor& input,
+                               const c10d::ReduceScatterOptions&) override;
+  WorkPtr reduce_scatter_tensor_coalesced(
+      Tensors& outputs, Tensors& inputs,
+      const c10d::ReduceScatterOptions&) override;
+  WorkPtr alltoall_base(at::Tensor& output, at::Tensor& input,
+                        std::vector<int64_t>& output_splits,
+                        std::vector<int64_t>& input_splits,
+                        const c10d::AllToAllOptions&) override;
+  WorkPtr alltoall(Tensors& outputs, Tensors& inputs,
+                   const c10d::AllToAllOptions&) override;
+  WorkPtr send(Tensors& tensors, int rank, int tag) override;
+  WorkPtr recv(Tensors& tensors, int rank, int tag) override;
+  WorkPtr recvAnysource(Tensors& tensors, int tag) override;
+  WorkPtr barrier(const c10d::BarrierOptions&) override;
+  void monitoredBarrier(const c10d::BarrierOptions&, bool) override;
+
+ private:
+  c10::intrusive_ptr<BackendWork> make(Kind kind, c10d::OpType type,
+                                       const char* title, const Tensors& inputs,
+                                       std::chrono::milliseconds timeout);
+  WorkPtr launch(c10::intrusive_ptr<BackendWork> work);
+  void checkRank(const char* what, int64_t rank) const;
+
+  const std::shared_ptr<Mesh> mesh_;
+  const std::shared_ptr<Group> group_;
+  std::atomic<std::chrono::milliseconds> timeout_;
+  std::atomic<uint64_t> next_number_{0};
+  std::mutex coalescing_mu_;
+  bool is_coalescing_ = false;      // guarded by coalescing_mu_
+  std::vector<WorkPtr> coalesced_;  // guarded by coalescing_mu_
+};
+
+}  // namespace mnemosyne::ccl

@@ -1,0 +1,130 @@
+// The Python module mnemosyne_plugin.ccl._C.
+#include <pybind11/chrono.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ccl/backend.h"
+#include "ccl/mesh.h"
+#include "common/error.h"
+
+namespace py = pybind11;
+
+namespace mnemosyne::ccl {
+namespace {
+
+// The classes are in Python; the names are the same.
+py::object toPython(const char* name, const Error& error) {
+  py::object type = py::module_::import("mnemosyne_plugin.errors").attr(name);
+  py::object instance = type(error.what());
+  instance.attr("rank") = error.rank();
+  instance.attr("epoch") = error.epoch();
+  return instance;
+}
+
+py::object toPython(const std::exception_ptr& pointer) {
+  if (!pointer) return py::none();
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const PeerLost& error) {
+    return toPython("PeerLost", error);
+  } catch (const CollectiveTimeout& error) {
+    return toPython("CollectiveTimeout", error);
+  } catch (const StaleEpoch& error) {
+    return toPython("StaleEpoch", error);
+  } catch (const CollectiveMismatch& error) {
+    return toPython("CollectiveMismatch", error);
+  } catch (const std::exception& error) {
+    return py::module_::import("mnemosyne_plugin.errors")
+        .attr("MnemosyneError")(error.what());
+  }
+}
+
+// Also serves torch's own bindings: it is their Work.wait that throws ours.
+void translate(std::exception_ptr pointer) {
+  if (!pointer) return;
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const Error&) {
+    const py::object instance = toPython(pointer);
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(instance.ptr())),
+                    instance.ptr());
+  }
+}
+
+Milliseconds toMilliseconds(double seconds) {
+  constexpr double kForever =
+      1e9;  // half a life; more would overflow the clock
+  return Milliseconds(
+      static_cast<int64_t>(std::min(seconds, kForever) * 1000.0));
+}
+
+int reconfigure(Mesh& mesh, int64_t epoch, int rank,
+                const std::vector<std::pair<uint64_t, std::string>>& members) {
+  std::vector<Mesh::Member> list;
+  for (const auto& [worker_id, address] : members)
+    list.push_back({worker_id, address});
+  return mesh.reconfigure(epoch, rank, std::move(list));
+}
+
+c10::intrusive_ptr<c10d::Backend> createGroup(std::shared_ptr<Mesh> mesh,
+                                              const std::string& name,
+                                              std::vector<int> ranks,
+                                              double timeout_s, bool absorb) {
+  auto group = std::make_shared<Group>(name, std::move(ranks), mesh->rank(),
+                                       toMilliseconds(timeout_s), absorb);
+  return c10::make_intrusive<MnemosyneBackend>(std::move(mesh),
+                                               std::move(group));
+}
+
+}  // namespace
+}  // namespace mnemosyne::ccl
+
+PYBIND11_MODULE(_C, m) {
+  using namespace mnemosyne::ccl;  // NOLINT: this is the module's only function
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+
+  // The base class that torch registers.
+  py::module_::import("torch._C._distributed_c10d");
+  py::register_exception_translator(&translate);
+
+  py::class_<Mesh, std::shared_ptr<Mesh>>(m, "Mesh")
+      .def(py::init<uint64_t, std::string, const std::string&, bool>(),
+           py::arg("worker_id"), py::arg("secret"), py::arg("bind_host"),
+           py::arg("use_shm"), NoGil())
+      .def_property_readonly("address", &Mesh::address)
+      .def_property_readonly("failure_fd", &Mesh::failureFd)
+      .def_property_readonly("epoch", &Mesh::currentEpoch)
+      .def_property_readonly("rank", &Mesh::rank)
+      .def_property_readonly("world_size", &Mesh::worldSize)
+      .def("reconfigure", &reconfigure, NoGil())
+      .def("fence", &Mesh::fence, NoGil())
+      .def("failure", [](const Mesh& mesh) { return toPython(mesh.failure()); })
+      .def("absorb", &Mesh::absorb, NoGil())
+      .def("start_recording", &Mesh::startRecording, NoGil())
+      .def("stop_recording",
+           [](Mesh& mesh) {
+             std::string text;
+             {
+               const py::gil_scoped_release release;
+               text = mesh.stopRecording();
+             }
+             return py::bytes(text);
+           })
+      .def("start_replay",
+           [](Mesh& mesh, const py::bytes& log) {
+             const std::string text = log;
+             const py::gil_scoped_release release;
+             mesh.startReplay(text);
+           })
+      .def("stop_replay", &Mesh::stopReplay, NoGil())
+      .def("counters", &Mesh::counters)
+      .def("close", &Mesh::close, NoGil());
+
+  py::class_<MnemosyneBackend, c10d::Backend,
+             c10::intrusive_ptr<MnemosyneBackend>>(m, "MnemosyneBackend");
+  m.def("create_group", &createGroup, NoGil());
+}

@@ -1,0 +1,239 @@
+#include "ccl/connector.h"
+
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+#include <system_error>
+#include <vector>
+
+#include "common/error.h"
+
+namespace mnemosyne::ccl {
+namespace {
+
+// An honest handshake takes a millisecond; a stopped peer's kernel still
+// accepts.
+constexpr Milliseconds kAnswerTime{10'000};
+constexpr Milliseconds kDialTime{30'000};
+// Who connects and says nothing holds a place until the deadline, or until so
+// many newer ones came. More than the workers of a large job that dial at one
+// moment.
+constexpr size_t kMaxAnswers = 1024;
+// The peer may have dropped us for that reason: try again, but not for ever,
+// since it also closes when our secret is wrong.
+constexpr int kMaxAttempts = 5;
+constexpr Milliseconds kRetryPause{20};
+
+std::string hex(const void* data, size_t size) {
+  static constexpr char kDigits[] = "0123456789abcdef";
+  std::string text;
+  for (size_t i = 0; i < size; ++i) {
+    const auto byte = static_cast<const uint8_t*>(data)[i];
+    text += kDigits[byte >> 4];
+    text += kDigits[byte & 15];
+  }
+  return text;
+}
+
+// Abstract sockets belong to a network namespace, so two containers on one
+// machine are two hosts.
+std::string hostId() {
+  std::string boot;
+  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+  char name[256] = {};
+  ::gethostname(name, sizeof(name) - 1);
+  struct stat status{};
+  ::stat("/proc/self/ns/net", &status);
+  const std::string all =
+      boot + "/" + name + "/" + std::to_string(status.st_ino);
+  const Digest digest = sha256(std::as_bytes(std::span(all)));
+  return hex(digest.data(), 8);
+}
+
+std::string randomName() {
+  std::array<std::byte, 12> bytes;
+  if (::getrandom(bytes.data(), bytes.size(), 0) !=
+      static_cast<ssize_t>(bytes.size())) {
+    throwErrno("getrandom");
+  }
+  return "mnemosyne-" + hex(bytes.data(), bytes.size());
+}
+
+}  // namespace
+
+std::string Address::toString() const {
+  return host_id + "|" + unix_name + "|" + tcp.host + "|" +
+         std::to_string(tcp.port);
+}
+
+Address Address::parse(const std::string& text) {
+  std::vector<std::string> parts;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, '|');)
+    parts.push_back(part);
+  char* end = nullptr;
+  const unsigned long port =
+      parts.size() == 4 ? std::strtoul(parts[3].c_str(), &end, 10) : 0;
+  if (port == 0 || port > 65535 || *end != '\0')
+    throw std::invalid_argument("not the address of a worker: '" + text + "'");
+  return {parts[0], parts[1], {parts[2], static_cast<uint16_t>(port)}};
+}
+
+Connector::Connector(EventLoop& loop, Host& host, uint64_t worker_id,
+                     std::string secret, const std::string& bind_host,
+                     bool use_shm)
+    : loop_(loop), host_(host), self_{worker_id, std::move(secret)} {
+  address_.host_id = hostId();
+  tcp_ = std::make_unique<Listener>(*this, listenTcp(bind_host, &address_.tcp),
+                                    false);
+  loop_.watch(tcp_->fd(), tcp_.get());
+  if (!use_shm) return;
+  address_.unix_name = randomName();
+  unix_ =
+      std::make_unique<Listener>(*this, listenUnix(address_.unix_name), true);
+  loop_.watch(unix_->fd(), unix_.get());
+}
+
+void Connector::acceptAll(int listener, bool is_shm) {
+  while (Fd socket = acceptOne(listener)) {
+    answers_.push_back(Handshake::answer(
+        self_, std::move(socket), is_shm, [this] { return host_.epoch(); },
+        [this](uint64_t worker_id, int64_t epoch) {
+          return host_.admits(worker_id, epoch);
+        },
+        Deadline::in(kAnswerTime)));
+    Handshake* handshake = answers_.back().get();
+    loop_.watch(handshake->fd(), handshake);
+    if (answers_.size() <= kMaxAnswers) continue;
+    bury(std::move(answers_.front()));
+    answers_.pop_front();
+    host_.onRefused();
+  }
+}
+
+void Connector::dial(uint64_t worker_id, const std::string& address) {
+  Dial dial{Address::parse(address), Deadline::in(kDialTime), Deadline::never(),
+            0, nullptr};
+  attempt(worker_id,
+          &dials_.insert_or_assign(worker_id, std::move(dial)).first->second);
+}
+
+void Connector::bury(std::unique_ptr<Handshake> handshake) {
+  if (!handshake) return;
+  loop_.forget(handshake->fd());
+  loop_.bury(std::move(handshake));
+}
+
+void Connector::cancel(uint64_t worker_id) {
+  const auto it = dials_.find(worker_id);
+  if (it == dials_.end()) return;
+  bury(std::move(it->second.handshake));
+  dials_.erase(it);
+}
+
+void Connector::cancelAll() {
+  for (auto& [worker_id, dial] : dials_) bury(std::move(dial.handshake));
+  dials_.clear();
+}
+
+void Connector::attempt(uint64_t worker_id, Dial* dial) {
+  const bool is_shm = !address_.unix_name.empty() &&
+                      !dial->address.unix_name.empty() &&
+                      dial->address.host_id == address_.host_id;
+  ++dial->attempts;
+  Fd socket = is_shm ? connectUnix(dial->address.unix_name)
+                     : connectTcp(dial->address.tcp);
+  if (socket) {
+    dial->handshake = Handshake::dial(self_, std::move(socket), is_shm,
+                                      worker_id, host_.epoch(), dial->deadline);
+    loop_.watch(dial->handshake->fd(), dial->handshake.get());
+    dial->retry_at = Deadline::never();
+    return;
+  }
+  // EAGAIN: a Unix listener whose queue is full. Anything else is final.
+  if (!wouldBlock()) dial->attempts = kMaxAttempts;
+  dial->retry_at = Deadline::in(kRetryPause);
+}
+
+void Connector::settle() {
+  settleAnswers();
+  settleDials();
+}
+
+void Connector::settleAnswers() {
+  for (auto it = answers_.begin(); it != answers_.end();) {
+    Handshake& handshake = **it;
+    const auto state = handshake.state();
+    if (state == Handshake::State::kBusy && !handshake.deadline().expired()) {
+      ++it;
+      continue;
+    }
+    if (state == Handshake::State::kLinked) {
+      // The peer may be dialled by us too, and lose: it has accepted our
+      // verdict.
+      cancel(handshake.peerId());
+      host_.onLinked(handshake, handshake.takeLink());
+    } else if (state == Handshake::State::kRefused ||
+               state == Handshake::State::kBusy) {
+      host_.onRefused();
+    }
+    bury(std::move(*it));
+    it = answers_.erase(it);
+  }
+}
+
+void Connector::settleDials() {
+  for (auto it = dials_.begin(); it != dials_.end();) {
+    const uint64_t worker_id = it->first;
+    Dial& dial = it->second;
+    const auto state =
+        dial.handshake ? dial.handshake->state() : Handshake::State::kBusy;
+    if (state == Handshake::State::kLinked) {
+      auto handshake = std::move(dial.handshake);
+      it = dials_.erase(it);
+      host_.onLinked(*handshake, handshake->takeLink());
+      bury(std::move(handshake));
+      continue;
+    }
+    const bool is_final =
+        state == Handshake::State::kUnreachable ||
+        state == Handshake::State::kRefused || dial.deadline.expired() ||
+        (dial.attempts >= kMaxAttempts &&
+         (state == Handshake::State::kClosed || dial.retry_at.expired()));
+    if (is_final) {
+      bury(std::move(dial.handshake));
+      it = dials_.erase(it);
+      host_.onDialFailed(worker_id, state == Handshake::State::kUnreachable
+                                        ? "nobody listens at its address"
+                                        : "it does not complete the handshake");
+      continue;
+    }
+    if (state == Handshake::State::kClosed ||
+        state == Handshake::State::kDuplicate) {
+      bury(std::move(dial.handshake));
+      // After kDuplicate the peer's own dial is on its way to us.
+      if (state == Handshake::State::kClosed)
+        dial.retry_at = Deadline::in(kRetryPause);
+    } else if (dial.retry_at.expired()) {
+      attempt(worker_id, &dial);
+    }
+    ++it;
+  }
+}
+
+Deadline Connector::nextDeadline() const {
+  Deadline next = Deadline::never();
+  for (const auto& handshake : answers_)
+    next = std::min(next, handshake->deadline());
+  for (const auto& [worker_id, dial] : dials_)
+    next = std::min({next, dial.deadline, dial.retry_at});
+  return next;
+}
+
+}  // namespace mnemosyne::ccl

@@ -1,0 +1,54 @@
+// What goes over a link: frames of one header and at most one chunk of payload.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mnemosyne::ccl {
+
+enum class FrameType : uint8_t {
+  kData = 1,  // one chunk of a message
+  kRequest,   // "I have this message for you", no payload
+  kGrant,     // "send it, its buffer is ready", no payload
+  kCredit,    // gives `total` bytes of the eager window back
+  kMarker,    // everything after this is of `epoch`
+  kReject,    // "your message does not fit mine"
+  kFarewell,  // the sender closes in good order
+};
+
+// The group, operation and place within it that a message belongs to. No key is
+// used twice between two workers within an epoch.
+struct MessageKey {
+  uint64_t group = 0;
+  uint64_t sequence = 0;
+  uint64_t tag = 0;
+  bool operator==(const MessageKey&) const = default;
+};
+
+// In host byte order: a job is of one architecture.
+struct FrameHeader {
+  FrameType type = FrameType::kData;
+  uint8_t credited = 0;    // kData: was sent within the eager window
+  uint16_t signature = 0;  // fingerprint of the operation, equal on all ranks
+  uint32_t payload_bytes = 0;
+  int64_t epoch = -1;
+  MessageKey key;
+  uint64_t total = 0;  // bytes of the whole message
+};
+static_assert(sizeof(FrameHeader) == 48);
+
+// Messages of up to this size are sent at once, into the eager window.
+constexpr size_t kEagerBytes = 16 * 1024;
+// Bytes (each message counts kMessageCost more) that a peer may have sent to us
+// which no operation of ours has taken yet.
+constexpr uint64_t kWindowBytes = 512 * 1024;
+constexpr uint64_t kMessageCost = 128;
+// Algorithms cut what they pipeline into messages of this size, and frames
+// carry no more. 40 frames of a ring's segment overlap at 10 MB.
+constexpr size_t kChunkBytes = 256 * 1024;
+
+// Point-to-point messages have sequence numbers of their own, apart from those
+// of collectives.
+constexpr uint64_t kPointToPoint = uint64_t{1} << 63;
+
+}  // namespace mnemosyne::ccl

@@ -1,0 +1,133 @@
+// How two workers prove to each other that they belong to the same job.
+//
+//   dialler                          listener
+//      | hello: who, to whom, epoch, nonce ->|
+//      |<- challenge: epoch, nonce, HMAC     |   knows the secret
+//      | proof: HMAC [, shared memory]     ->|   knows the secret
+//      |<- verdict                           |   or: "our own dial stands"
+//
+// Both HMACs cover hello and challenge, so neither can be replayed, reflected
+// or moved to another connection. Every message has a fixed size: a stranger
+// gets that many bytes, and a deadline.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "ccl/event_loop.h"
+#include "ccl/transport.h"
+#include "common/deadline.h"
+#include "common/sha256.h"
+#include "common/socket.h"
+
+namespace mnemosyne::ccl {
+
+struct Hello {
+  std::array<char, 8> magic;
+  uint32_t version;
+  uint32_t is_shm;
+  uint64_t worker_id;
+  uint64_t target_id;
+  int64_t epoch;
+  std::array<std::byte, 32> nonce;
+};
+static_assert(sizeof(Hello) == 72);
+
+struct Challenge {
+  int64_t epoch;
+  std::array<std::byte, 32> nonce;
+  Digest mac;
+};
+static_assert(sizeof(Challenge) == 72);
+
+enum class Verdict : uint8_t { kAccepted = 1, kDuplicate = 2 };
+
+Digest challengeMac(const std::string& secret, const Hello& hello,
+                    const Challenge& challenge);
+Digest proofMac(const std::string& secret, const Hello& hello,
+                const Challenge& challenge);
+
+// One connection on its way to become a link. Lives on the progress thread.
+class Handshake final : public EventSink {
+ public:
+  enum class State {
+    kBusy,
+    kLinked,
+    kDuplicate,  // the peer's own dial to us stands
+    kClosed,     // the peer went away; a new attempt may help
+    kRefused,    // the peer is not one of us, or not the one we look for
+    kUnreachable,
+  };
+  struct Self {
+    uint64_t worker_id;
+    std::string secret;
+  };
+
+  // Called with the dialler's id and epoch once it has proved who it is.
+  using Admit = std::function<bool(uint64_t worker_id, int64_t epoch)>;
+
+  // Requires: `self` outlives the handshake.
+  static std::unique_ptr<Handshake> dial(const Self& self, Fd socket,
+                                         bool is_shm, uint64_t target,
+                                         int64_t epoch, Deadline deadline);
+  static std::unique_ptr<Handshake> answer(const Self& self, Fd socket,
+                                           bool is_shm,
+                                           std::function<int64_t()> epoch,
+                                           Admit admit, Deadline deadline);
+
+  // Goes as far as it can without waiting.
+  void onEvents(uint32_t events) override;
+
+  State state() const { return state_; }
+  bool hasDialled() const { return has_dialled_; }
+  const Deadline& deadline() const { return deadline_; }
+  int fd() const { return socket_.get(); }
+  // What the peer said, trustworthy once linked.
+  uint64_t peerId() const { return peer_id_; }
+  int64_t peerEpoch() const;
+  // The epoch that we told the peer.
+  int64_t ownEpoch() const;
+  // Requires: state() == kLinked. Called once.
+  std::unique_ptr<Link> takeLink();
+
+ private:
+  enum class Step { kConnect, kHello, kChallenge, kProof, kVerdict };
+
+  Handshake(const Self& self, Fd socket, bool is_shm, bool has_dialled,
+            Deadline deadline);
+
+  void advance();
+  bool receive(void* data, size_t size);
+  bool transmit(const void* data, size_t size, int passed = -1);
+  void onConnected();
+  void onHello();
+  void onChallenge();
+  void onProof();
+  void onVerdict();
+
+  const Self& self_;
+  Fd socket_;
+  const bool is_shm_;
+  const bool has_dialled_;
+  const Deadline deadline_;
+  std::function<int64_t()> epoch_;
+  Admit admit_;
+
+  State state_ = State::kBusy;
+  Step step_ = Step::kConnect;
+  uint64_t peer_id_ = 0;
+  size_t received_ = 0;  // bytes of the message that is awaited
+  Hello hello_{};
+  Challenge challenge_{};
+  Digest proof_{};
+  Verdict verdict_{};
+  Fd passed_;
+  std::optional<SharedMemory> memory_;
+};
+
+}  // namespace mnemosyne::ccl

@@ -1,0 +1,400 @@
+// The mesh's public face, its membership, and what peers and connections tell
+// it. How operations run is in progress.cc.
+#include "ccl/mesh.h"
+
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <future>
+#include <stdexcept>
+
+namespace mnemosyne::ccl {
+namespace {
+
+// How long close() waits for peers to take note. They answer within a
+// millisecond unless they are stopped or dead.
+constexpr Milliseconds kFarewellTime{1000};
+
+Fd makeEventFd() {
+  Fd fd = Fd::make([] { return ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); });
+  if (!fd) throwErrno("eventfd");
+  return fd;
+}
+
+void setEvent(int fd) {
+  const uint64_t one = 1;
+  (void)!::write(fd, &one, sizeof(one));
+}
+
+void clearEvent(int fd) {
+  uint64_t count;
+  (void)!::read(fd, &count, sizeof(count));
+}
+
+}  // namespace
+
+Mesh::Waker::Waker() : fd_(makeEventFd()) {}
+void Mesh::Waker::wake() { setEvent(fd_.get()); }
+void Mesh::Waker::onEvents(uint32_t) { clearEvent(fd_.get()); }
+
+// Runs a function on the progress thread; the caller waits for it.
+struct Mesh::Command final : Submission {
+  explicit Command(std::function<void()> action) : task(std::move(action)) {}
+  void run(Mesh&) override { task(); }
+
+  std::packaged_task<void()> task;
+};
+
+Mesh::Mesh(uint64_t worker_id, std::string secret, const std::string& bind_host,
+           bool use_shm)
+    : worker_id_(worker_id),
+      generation_(forkGeneration()),
+      failure_fd_(makeEventFd()),
+      connector_(loop_, *this, worker_id, std::move(secret), bind_host,
+                 use_shm),
+      callbacks_(std::make_unique<CallbackThread>()) {
+  address_ = connector_.address();
+  loop_.watch(waker_.fd(), &waker_);
+  thread_ = std::thread([this] { loop(); });
+}
+
+Mesh::~Mesh() {
+  if (generation_ == forkGeneration()) {
+    close();
+    return;
+  }
+  // In a forked child neither thread exists, so there is nobody to join.
+  thread_.detach();
+  (void)callbacks_.release();
+}
+
+void Mesh::checkOwner() const {
+  if (generation_ != forkGeneration())
+    throw std::runtime_error(
+        "this mesh belongs to the process that this one was forked from");
+}
+
+// ---------------------------------------------------------------- any thread
+
+void Mesh::enqueue(Submission* submission) {
+  checkOwner();
+  bool wake = false;
+  {
+    std::lock_guard<std::mutex> lock(submit_mu_);
+    if (is_closing_) throw std::runtime_error("the mesh is closed");
+    submission->next_ = nullptr;
+    (submitted_last_ ? submitted_last_->next_ : submitted_first_) = submission;
+    submitted_last_ = submission;
+    wake = std::exchange(is_sleeping_, false);
+  }
+  if (wake) waker_.wake();
+}
+
+void Mesh::submit(Operation* op) { enqueue(op); }
+
+void Mesh::perform(std::function<void()> action) {
+  Command command(std::move(action));
+  auto done = command.task.get_future();
+  enqueue(&command);
+  // The progress thread never waits for anything, so neither does this for
+  // long.
+  done.get();
+}
+
+int Mesh::reconfigure(int64_t epoch, int rank, std::vector<Member> members) {
+  int replaced = 0;
+  perform([&] { replaced = moveTo(epoch, rank, std::move(members)); });
+  return replaced;
+}
+
+void Mesh::fence(const std::string& reason, int lost_rank) {
+  perform([&] {
+    if (epoch_ < 0) return;
+    if (lost_rank >= 0) {
+      latch(std::make_exception_ptr(PeerLost(reason, lost_rank, epoch_)));
+    } else {
+      latch(std::make_exception_ptr(StaleEpoch(reason, -1, epoch_)));
+    }
+  });
+}
+
+std::exception_ptr Mesh::failure() const {
+  checkOwner();
+  std::lock_guard<std::mutex> lock(failure_mu_);
+  return failure_;
+}
+
+void Mesh::absorb(bool on) {
+  perform([&] { absorbs_ = on; });
+}
+
+void Mesh::startRecording() {
+  perform([&] { recording_.emplace(); });
+}
+
+std::string Mesh::stopRecording() {
+  std::string text;
+  perform([&] {
+    if (!recording_) throw std::runtime_error("nothing is being recorded");
+    text = recording_->serialize();
+    recording_.reset();
+  });
+  return text;
+}
+
+void Mesh::startReplay(const std::string& log) {
+  SetupLog parsed = SetupLog::parse(log);
+  perform([&] { replaying_ = std::move(parsed); });
+}
+
+void Mesh::stopReplay() {
+  perform([&] { replaying_.reset(); });
+}
+
+std::map<std::string, int64_t> Mesh::counters() const {
+  checkOwner();
+  return {{"links_open", counters_.links_open},
+          {"links_opened", counters_.links_opened},
+          {"links_replaced", counters_.links_replaced},
+          {"links_shm", counters_.links_shm},
+          {"bytes_sent", counters_.bytes_sent},
+          {"bytes_received", counters_.bytes_received},
+          {"handshakes_refused", counters_.handshakes_refused},
+          {"ops", counters_.operations},
+          {"ops_absorbed", counters_.absorbed},
+          {"failures", counters_.failures}};
+}
+
+void Mesh::close() {
+  checkOwner();
+  std::lock_guard<std::mutex> closing(close_mu_);
+  if (!thread_.joinable()) return;
+  Command command([this] { beginClosing(); });
+  auto done = command.task.get_future();
+  enqueue(&command);
+  done.get();
+  thread_.join();
+  callbacks_.reset();
+}
+
+// ---------------------------------------------------------------- membership
+
+int Mesh::moveTo(int64_t epoch, int rank, std::vector<Member> members) {
+  if (epoch <= epoch_) {
+    throw StaleEpoch("epoch " + std::to_string(epoch) + " is not newer than " +
+                         std::to_string(epoch_),
+                     -1, epoch_);
+  }
+  if (rank < 0 || rank >= static_cast<int>(members.size()) ||
+      members[rank].worker_id != worker_id_) {
+    throw std::invalid_argument("rank " + std::to_string(rank) +
+                                " of the membership is not this worker");
+  }
+  for (const Member& member : members) Address::parse(member.address);
+  abortAll(std::make_exception_ptr(
+      StaleEpoch("cancelled: the job moves from epoch " +
+                     std::to_string(epoch_) + " to " + std::to_string(epoch),
+                 -1, epoch_)));
+
+  // Which ranks were reached over a link that does not serve any more?
+  std::vector<int> replaced;
+  const size_t both = std::min(members.size(), members_.size());
+  for (size_t r = 0; r < both; ++r) {
+    const uint64_t old_id = members_[r].worker_id;
+    const auto it = peers_.find(old_id);
+    const bool was_linked = it != peers_.end() && it->second->linkedAt() >= 0;
+    const bool is_broken = broken_.count(old_id) > 0;
+    if (was_linked && (old_id != members[r].worker_id || is_broken))
+      replaced.push_back(static_cast<int>(r));
+  }
+
+  epoch_ = epoch;
+  rank_ = rank;
+  members_ = std::move(members);
+  public_epoch_ = epoch_;
+  public_rank_ = rank_;
+  public_size_ = static_cast<int>(members_.size());
+  broken_.clear();
+  setFailure(nullptr);
+
+  std::set<uint64_t> ids;
+  for (const Member& member : members_) ids.insert(member.worker_id);
+  closePeersWithout(ids);
+  for (auto& [id, peer] : peers_) {
+    peer->fence();
+    onWork(*peer);  // what a peer that is ahead has sent can be read now
+  }
+  for (int r : replaced) dialIfNeeded(r);
+  counters_.links_replaced += static_cast<int64_t>(replaced.size());
+  for (auto& [id, peer] : peers_)
+    if (peer->epoch() > epoch_) onNewerEpoch(*peer, peer->epoch());
+  return static_cast<int>(replaced.size());
+}
+
+// Drops peers that are not members, and what is left of broken links.
+void Mesh::closePeersWithout(const std::set<uint64_t>& ids) {
+  for (auto it = peers_.begin(); it != peers_.end();) {
+    Peer& peer = *it->second;
+    const bool is_member = ids.count(it->first) > 0;
+    // It may be seated in an epoch that we have not heard of.
+    const bool is_early = !is_member && peer.state() == Peer::State::kOpen &&
+                          peer.epoch() > epoch_;
+    const bool is_broken =
+        peer.state() == Peer::State::kGone && !peer.hasDeparted();
+    if (is_early || (is_member && !is_broken)) {
+      ++it;
+      continue;
+    }
+    if (!is_member) connector_.cancel(it->first);
+    bury(std::move(it->second));
+    it = peers_.erase(it);
+  }
+}
+
+void Mesh::bury(std::unique_ptr<Peer> peer) {
+  peer->discard();
+  std::erase(listed_, peer.get());
+  std::replace(pumping_.begin(), pumping_.end(), peer.get(),
+               static_cast<Peer*>(nullptr));
+  loop_.bury(std::move(peer));
+}
+
+Peer& Mesh::peerOf(uint64_t worker_id) {
+  auto& peer = peers_[worker_id];
+  if (!peer)
+    peer = std::make_unique<Peer>(static_cast<Peer::Host&>(*this), worker_id);
+  return *peer;
+}
+
+Peer& Mesh::peerOf(Operation& op, int group_rank) {
+  Peer*& cached = op.group->peer(group_rank);
+  if (cached == nullptr) {
+    const int rank = op.group->globalRank(group_rank);
+    if (rank >= static_cast<int>(members_.size()))
+      throw std::runtime_error("rank " + std::to_string(rank) +
+                               " is not in the membership");
+    cached = &peerOf(members_[rank].worker_id);
+    dialIfNeeded(rank);
+  }
+  return *cached;
+}
+
+void Mesh::dialIfNeeded(int rank) {
+  const Member& member = members_[rank];
+  if (peerOf(member.worker_id).state() == Peer::State::kUnlinked &&
+      !connector_.isDialling(member.worker_id)) {
+    connector_.dial(member.worker_id, member.address);
+  }
+}
+
+int Mesh::rankOf(uint64_t worker_id) const {
+  for (size_t r = 0; r < members_.size(); ++r)
+    if (members_[r].worker_id == worker_id) return static_cast<int>(r);
+  return -1;
+}
+
+void Mesh::beginClosing() {
+  {
+    std::lock_guard<std::mutex> lock(submit_mu_);
+    is_closing_ = true;
+  }
+  absorbs_ = false;
+  connector_.cancelAll();
+  latch(std::make_exception_ptr(
+      StaleEpoch("cancelled: the mesh is being closed", -1, epoch_)));
+  abortAll(failure_);
+  for (auto& [id, peer] : peers_) peer->sayFarewell();
+  close_by_ = Deadline::in(kFarewellTime);
+}
+
+bool Mesh::isClosed() const {
+  return std::none_of(peers_.begin(), peers_.end(), [](const auto& entry) {
+    return entry.second->state() == Peer::State::kOpen;
+  });
+}
+
+// ---------------------------------------------------------------- failures
+
+void Mesh::latch(std::exception_ptr error) {
+  if (has_failed_) return;
+  must_abort_ = true;  // not here: this may be called from within an operation
+  ++counters_.failures;
+  setFailure(std::move(error));
+}
+
+void Mesh::setFailure(std::exception_ptr error) {
+  has_failed_ = error != nullptr;
+  if (!has_failed_) must_abort_ = false;
+  {
+    std::lock_guard<std::mutex> lock(failure_mu_);
+    failure_ = std::move(error);
+  }
+  has_failed_ ? setEvent(failure_fd_.get()) : clearEvent(failure_fd_.get());
+}
+
+void Mesh::onLost(Peer& peer, const std::string& why) {
+  const int rank = rankOf(peer.workerId());
+  if (peer.state() == Peer::State::kGone && peer.linkedAt() >= 0 &&
+      !peer.hasDeparted()) {
+    broken_.insert(peer.workerId());
+  }
+  if (rank < 0) return;  // of an epoch that is not ours
+  latch(std::make_exception_ptr(
+      PeerLost("lost peer rank=" + std::to_string(rank) +
+                   " epoch=" + std::to_string(epoch_) + ": " + why,
+               rank, epoch_)));
+}
+
+void Mesh::onMismatch(Peer& peer, const std::string& what) {
+  const int rank = rankOf(peer.workerId());
+  latch(std::make_exception_ptr(CollectiveMismatch(
+      "rank " + std::to_string(rank_) + " and rank " + std::to_string(rank) +
+          " disagree on an operation: seen from rank " + std::to_string(rank_) +
+          ", " + what,
+      rank, epoch_)));
+}
+
+void Mesh::onNewerEpoch(Peer& peer, int64_t epoch) {
+  if (epoch_ < 0) return;
+  const int rank = rankOf(peer.workerId());
+  latch(std::make_exception_ptr(StaleEpoch(
+      "epoch " + std::to_string(epoch_) + " is over: rank " +
+          std::to_string(rank) + " is in epoch " + std::to_string(epoch),
+      rank, epoch_)));
+}
+
+// ---------------------------------------------------------------- connections
+
+bool Mesh::admits(uint64_t worker_id, int64_t its_epoch) {
+  if (close_by_ < Deadline::never()) return false;
+  const auto it = peers_.find(worker_id);
+  if (it != peers_.end() && it->second->state() == Peer::State::kOpen) {
+    // It would not dial if it still had its end, so ours is dead without our
+    // having noticed; or its dial crossed ours, in the same epoch.
+    return its_epoch > it->second->linkedAt();
+  }
+  if (connector_.isDialling(worker_id)) return worker_id < worker_id_;
+  return rankOf(worker_id) >= 0 || its_epoch > epoch_;
+}
+
+void Mesh::onLinked(const Handshake& handshake, std::unique_ptr<Link> link) {
+  Peer& peer = peerOf(handshake.peerId());
+  if (peer.state() == Peer::State::kOpen) peer.drop("it has made a new link");
+  loop_.hand(link->fd(), &peer);
+  ++counters_.links_open;
+  ++counters_.links_opened;
+  if (link->kind() == std::string("shm")) ++counters_.links_shm;
+  peer.attach(std::move(link), handshake.peerEpoch(), handshake.ownEpoch());
+}
+
+void Mesh::onClosing(int fd) {
+  loop_.forget(fd);
+  --counters_.links_open;
+}
+
+void Mesh::onDialFailed(uint64_t worker_id, const std::string& why) {
+  peerOf(worker_id).drop(why);
+}
+
+}  // namespace mnemosyne::ccl

@@ -1,0 +1,203 @@
+// All links of this worker, and the operations that run over them.
+//
+// One per process. A single progress thread owns everything below; the public
+// methods may be called by any thread, also while others wait for operations.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "ccl/callback_thread.h"
+#include "ccl/connector.h"
+#include "ccl/event_loop.h"
+#include "ccl/operation.h"
+#include "ccl/peer.h"
+#include "ccl/setup_log.h"
+#include "common/error.h"
+
+namespace mnemosyne::ccl {
+
+class Turn;
+
+class Mesh final : private Peer::Host, private Connector::Host {
+ public:
+  struct Member {
+    uint64_t worker_id;
+    std::string address;
+  };
+
+  Mesh(uint64_t worker_id, std::string secret, const std::string& bind_host,
+       bool use_shm);
+  ~Mesh() override;
+
+  std::string address() const { return address_; }
+  // An eventfd that is readable while a failure is latched.
+  int failureFd() const { return failure_fd_.get(); }
+
+  // Moves to a newer epoch: ends what is in flight, clears the failure, and
+  // goes on with the given workers; members[r] holds rank r. Returns how many
+  // links are replaced. Throws StaleEpoch if the epoch is not newer.
+  int reconfigure(int64_t epoch, int rank, std::vector<Member> members);
+  // Latches a failure from outside.
+  void fence(const std::string& reason, int lost_rank);
+  std::exception_ptr failure() const;
+  void absorb(bool on);
+
+  void startRecording();
+  std::string stopRecording();
+  void startReplay(const std::string& log);
+  void stopReplay();
+
+  int64_t currentEpoch() const { return public_epoch_.load(); }
+  int rank() const { return public_rank_.load(); }
+  int worldSize() const { return public_size_.load(); }
+  std::map<std::string, int64_t> counters() const;
+
+  // Takes the operation and completes it, always. Throws if the mesh is closed.
+  void submit(Operation* op);
+
+  // Ends all operations and says farewell. Can be called again.
+  void close();
+
+ private:
+  friend class Operation;
+  friend class Transfer;
+  friend class Turn;
+
+  class Waker final : public EventSink {
+   public:
+    Waker();
+    void wake();
+    void onEvents(uint32_t events) override;
+    int fd() const { return fd_.get(); }
+
+   private:
+    Fd fd_;
+  };
+
+  struct Command;
+
+  void checkOwner() const;
+  void enqueue(Submission* submission);
+  void perform(std::function<void()> action);
+
+  // ---- progress thread
+  void loop();
+  bool turn();
+  void sleep();
+  bool runSubmissions();
+  void resumeReady();
+  void pumpListed();
+  void checkDeadlines();
+
+  void start(Operation* op);
+  void resume(Operation* op);
+  void finish(Operation* op, std::exception_ptr error);
+  void ready(Operation* op);
+  void abortAll(const std::exception_ptr& error);
+
+  void latch(std::exception_ptr error);
+  void setFailure(std::exception_ptr error);
+  void timeOut(Operation* op);
+
+  int moveTo(int64_t epoch, int rank, std::vector<Member> members);
+  void closePeersWithout(const std::set<uint64_t>& ids);
+  Peer& peerOf(uint64_t worker_id);
+  Peer& peerOf(Operation& op, int group_rank);
+  void dialIfNeeded(int rank);
+  int rankOf(uint64_t worker_id) const;
+  void bury(std::unique_ptr<Peer> peer);
+  void beginClosing();
+  bool isClosed() const;
+
+  void addTurn(Turn* turn);
+  void removeTurn(Turn* turn);
+  void scanTurns(uint64_t group, uint64_t tag);
+
+  // Peer::Host and Connector::Host
+  int64_t epoch() const override { return epoch_; }
+  bool hasFailed() const override { return has_failed_; }
+  void onTransferDone(Operation* op, Transfer* transfer) override;
+  bool contradicts(const MessageKey& key, uint16_t signature) override;
+  void onArrival(Peer& peer, const MessageKey& key) override;
+  void onMismatch(Peer& peer, const std::string& what) override;
+  void onNewerEpoch(Peer& peer, int64_t epoch) override;
+  void onLost(Peer& peer, const std::string& why) override;
+  void onWork(Peer& peer) override;
+  void onClosing(int fd) override;
+  void onBytes(size_t sent, size_t received) override;
+  bool admits(uint64_t worker_id, int64_t its_epoch) override;
+  void onLinked(const Handshake& handshake,
+                std::unique_ptr<Link> link) override;
+  void onDialFailed(uint64_t worker_id, const std::string& why) override;
+  void onRefused() override { ++counters_.handshakes_refused; }
+
+  // Constant after construction.
+  const uint64_t worker_id_;
+  const unsigned generation_;  // of the process that owns it
+  Fd failure_fd_;
+  std::string address_;
+
+  // Shared. Lock order: none is held while another is taken.
+  std::mutex submit_mu_;
+  Submission* submitted_first_ = nullptr;  // guarded by submit_mu_
+  Submission* submitted_last_ = nullptr;   // guarded by submit_mu_
+  bool is_sleeping_ = false;               // guarded by submit_mu_
+  bool is_closing_ = false;                // guarded by submit_mu_
+  mutable std::mutex failure_mu_;
+  std::exception_ptr failure_;  // guarded by failure_mu_
+  std::mutex close_mu_;         // one thread closes
+  std::atomic<int64_t> public_epoch_{-1};
+  std::atomic<int> public_rank_{-1};
+  std::atomic<int> public_size_{0};
+  struct {
+    std::atomic<int64_t> links_open{0};
+    std::atomic<int64_t> links_opened{0};
+    std::atomic<int64_t> links_replaced{0};
+    std::atomic<int64_t> links_shm{0};
+    std::atomic<int64_t> bytes_sent{0};
+    std::atomic<int64_t> bytes_received{0};
+    std::atomic<int64_t> handshakes_refused{0};
+    std::atomic<int64_t> operations{0};
+    std::atomic<int64_t> absorbed{0};
+    std::atomic<int64_t> failures{0};
+  } counters_;
+
+  // Of the progress thread.
+  EventLoop loop_;
+  Waker waker_;
+  Connector connector_;
+  int64_t epoch_ = -1;
+  int rank_ = -1;
+  std::vector<Member> members_;
+  std::map<uint64_t, std::unique_ptr<Peer>> peers_;
+  std::set<uint64_t> broken_;  // members whose link was lost in this epoch
+  bool has_failed_ = false;
+  bool must_abort_ = false;  // has_failed_, and operations are still in flight
+  bool absorbs_ = false;
+  bool stops_ = false;
+  Deadline close_by_ = Deadline::never();
+  Operation* flight_ = nullptr;
+  Deadline next_timeout_ = Deadline::never();
+  std::vector<Operation*> ready_;
+  std::vector<Peer*> listed_;
+  std::vector<Peer*> pumping_;
+  std::map<std::pair<uint64_t, uint64_t>, std::vector<Turn*>> turns_;
+  std::optional<SetupLog> recording_;
+  std::optional<SetupLog> replaying_;
+
+  std::unique_ptr<CallbackThread> callbacks_;
+  std::thread thread_;  // last: everything else is there when it starts
+};
+
+}  // namespace mnemosyne::ccl

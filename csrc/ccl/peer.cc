@@ -1,0 +1,473 @@
+#include "ccl/peer.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <utility>
+
+namespace mnemosyne::ccl {
+namespace {
+
+// One peer that sends without end must not keep the others waiting.
+constexpr size_t kReadBudget = 1 << 20;
+
+constexpr std::array<std::byte, 16 * 1024> kZeros{};
+
+// Where thrown-away payload goes. Nobody reads it.
+std::byte* trash() {
+  thread_local std::array<std::byte, 16 * 1024> bytes;
+  return bytes.data();
+}
+
+constexpr size_t kTrashBytes = 16 * 1024;
+
+uint64_t cost(uint64_t total) { return total + kMessageCost; }
+
+}  // namespace
+
+void Peer::attach(std::unique_ptr<Link> link, int64_t their_epoch,
+                  int64_t our_epoch) {
+  link_ = std::move(link);
+  state_ = State::kOpen;
+  has_departed_ = false;
+  epoch_ = their_epoch;
+  linked_at_ = std::max(their_epoch, our_epoch);
+  in_header_bytes_ = in_left_ = 0;
+  in_transfer_ = nullptr;
+  in_to_ = nullptr;
+  out_header_left_ = out_left_ = 0;
+  out_transfer_ = nullptr;
+  // The epoch moved on while hands were shaken.
+  if (our_epoch != host_.epoch()) {
+    FrameHeader marker;
+    marker.type = FrameType::kMarker;
+    marker.epoch = host_.epoch();
+    control_.insert(control_.begin() + control_sent_, marker);
+  }
+  if (epoch_ > host_.epoch()) host_.onNewerEpoch(*this, epoch_);
+  host_.onWork(*this);
+}
+
+void Peer::drop(const std::string& why) {
+  if (state_ == State::kGone) return;
+  const bool was_sending = out_transfer_ != nullptr;
+  state_ = State::kGone;
+  if (link_) host_.onClosing(link_->fd());
+  link_.reset();
+  in_transfer_ = nullptr;
+  out_transfer_ = nullptr;
+  out_header_left_ = out_left_ = in_left_ = in_header_bytes_ = 0;
+  control_.clear();
+  control_sent_ = 0;
+  const bool is_needed =
+      was_sending || queue_first_ != nullptr ||
+      std::any_of(outbound_.begin(), outbound_.end(),
+                  [](const auto& entry) { return entry.second.sender; }) ||
+      std::any_of(inbound_.begin(), inbound_.end(),
+                  [](const auto& entry) { return entry.second.receiver; });
+  if (!has_departed_ || is_needed) host_.onLost(*this, why);
+}
+
+void Peer::discard() {
+  state_ = State::kGone;
+  if (link_) host_.onClosing(link_->fd());
+  link_.reset();
+}
+
+// ---------------------------------------------------------------- messages
+
+void Peer::post(Transfer* transfer) {
+  transfer->is_send_ ? postSend(transfer) : postRecv(transfer);
+  if (state_ == State::kGone && transfer->is_pending_)
+    host_.onLost(*this, has_departed_ ? "it has left" : "its link is gone");
+  host_.onWork(*this);
+}
+
+void Peer::postSend(Transfer* transfer) {
+  const size_t size = transfer->size_;
+  transfer->is_credited_ = size <= kEagerBytes && cost(size) <= window_;
+  if (transfer->is_credited_) {
+    window_ -= cost(size);
+    enqueue(transfer);
+    return;
+  }
+  const auto [it, is_new] = outbound_.try_emplace(transfer->key_);
+  Outbound& out = it->second;
+  if (out.is_granted) {
+    const bool same = fits(*transfer, out.total, out.signature);
+    outbound_.erase(it);
+    if (same) enqueue(transfer);
+    return;
+  }
+  out.sender = transfer;
+  // The receiver of a long message grants it unasked, unless it does not know
+  // yet from whom it will receive.
+  if (size <= kEagerBytes || transfer->key_.sequence & kPointToPoint)
+    control(FrameType::kRequest, transfer->key_, transfer->op_signature(),
+            size);
+}
+
+void Peer::postRecv(Transfer* transfer) {
+  Inbound& in = inbound_[transfer->key_];
+  const bool is_here = in.is_announced || in.is_complete || !in.early.empty();
+  if (is_here && !fits(*transfer, in.total, in.signature)) return;
+  if (in.is_complete) {
+    if (in.total > 0) std::memcpy(transfer->data_, in.early.data(), in.total);
+    giveBack(in.total);
+    inbound_.erase(transfer->key_);
+    transfer->finish();
+    return;
+  }
+  in.receiver = transfer;
+  if (in.is_announced || transfer->size_ > kEagerBytes)
+    control(FrameType::kGrant, transfer->key_, transfer->op_signature(),
+            transfer->size_);
+}
+
+void Peer::withdraw(Transfer* transfer) {
+  if (!transfer->is_send_) {
+    if (in_transfer_ == transfer) {
+      in_transfer_ = nullptr;
+      in_to_ = nullptr;
+    }
+    const auto it = inbound_.find(transfer->key_);
+    if (it != inbound_.end() && it->second.receiver == transfer)
+      it->second.receiver = nullptr;
+    return;
+  }
+  const auto it = outbound_.find(transfer->key_);
+  if (it != outbound_.end() && it->second.sender == transfer) {
+    outbound_.erase(it);
+    return;
+  }
+  if (out_transfer_ == transfer) {
+    // The peer counts on the rest of the frame: zeros take its place.
+    out_transfer_ = nullptr;
+    out_from_ = nullptr;
+    if (out_header_left_ == sizeof(FrameHeader))
+      out_header_left_ = out_left_ = 0;
+    return;
+  }
+  unlink(transfer);
+}
+
+bool Peer::hasArrived(const MessageKey& key) const {
+  const auto it = inbound_.find(key);
+  return it != inbound_.end() && it->second.receiver == nullptr &&
+         (it->second.is_announced || it->second.is_complete);
+}
+
+bool Peer::fits(const Transfer& mine, uint64_t total, uint16_t signature) {
+  if (mine.size_ == total && mine.op_signature() == signature) return true;
+  control(FrameType::kReject, mine.key_, mine.op_signature(), mine.size_);
+  host_.onMismatch(*this, mine.size_ == total
+                              ? "it runs another operation, type or root"
+                              : "its message has " + std::to_string(total) +
+                                    " bytes, ours " +
+                                    std::to_string(mine.size_));
+  return false;
+}
+
+// Ranks that run different collectives may use different tags, so that no
+// transfer of ours ever meets what they send: without this both would wait for
+// ever.
+bool Peer::isForeign() {
+  if (!host_.contradicts(in_.key, in_.signature)) return false;
+  control(FrameType::kReject, in_.key, 0, in_.total);
+  host_.onMismatch(*this, "it runs another operation, type or root");
+  return true;
+}
+
+void Peer::giveBack(uint64_t total) {
+  early_bytes_ -= std::min(early_bytes_, cost(total));
+  owed_ += cost(total);
+  if (owed_ < kWindowBytes / 4) return;
+  control(FrameType::kCredit, {}, 0, std::exchange(owed_, 0));
+}
+
+void Peer::enqueue(Transfer* transfer) {
+  transfer->queue_next_ = nullptr;
+  transfer->queue_previous_ = queue_last_;
+  (queue_last_ ? queue_last_->queue_next_ : queue_first_) = transfer;
+  queue_last_ = transfer;
+}
+
+void Peer::unlink(Transfer* transfer) {
+  Transfer* next = transfer->queue_next_;
+  Transfer* previous = transfer->queue_previous_;
+  if (previous == nullptr && queue_first_ != transfer) return;  // not in it
+  (previous ? previous->queue_next_ : queue_first_) = next;
+  (next ? next->queue_previous_ : queue_last_) = previous;
+  transfer->queue_next_ = transfer->queue_previous_ = nullptr;
+}
+
+void Peer::control(FrameType type, const MessageKey& key, uint16_t signature,
+                   uint64_t total) {
+  if (state_ == State::kGone) return;
+  FrameHeader frame;
+  frame.type = type;
+  frame.key = key;
+  frame.signature = signature;
+  frame.total = total;
+  frame.epoch = host_.epoch();
+  control_.push_back(frame);
+  host_.onWork(*this);
+}
+
+void Peer::fence() {
+  inbound_.clear();
+  outbound_.clear();
+  window_ = kWindowBytes;
+  owed_ = early_bytes_ = 0;
+  in_to_ = nullptr;
+  in_early_ = false;
+  control_.clear();
+  control_sent_ = 0;
+  if (state_ == State::kOpen) control(FrameType::kMarker, {}, 0, 0);
+}
+
+void Peer::sayFarewell() {
+  if (state_ == State::kOpen) control(FrameType::kFarewell, {}, 0, 0);
+}
+
+// ---------------------------------------------------------------- in and out
+
+void Peer::onEvents(uint32_t events) {
+  if (link_) link_->onEvents(events);
+  host_.onWork(*this);
+}
+
+void Peer::pump() {
+  if (link_) receiveAll();
+  if (link_) sendAll();
+}
+
+void Peer::receiveAll() {
+  size_t budget = kReadBudget;
+  // A peer that is ahead waits, its frames unread, until we are there too.
+  while (link_ && epoch_ <= host_.epoch()) {
+    size_t n;
+    if (in_header_bytes_ < sizeof(in_)) {
+      auto* to = reinterpret_cast<std::byte*>(&in_) + in_header_bytes_;
+      n = link_->read(to, sizeof(in_) - in_header_bytes_);
+      in_header_bytes_ += n;
+      host_.onBytes(0, n);
+      if (in_header_bytes_ < sizeof(in_)) break;
+      onHeader();
+      if (!link_) return;
+    } else {
+      n = in_to_ ? link_->read(in_to_, in_left_)
+                 : link_->read(trash(), std::min(in_left_, kTrashBytes));
+      if (n == 0) break;
+      if (in_to_) in_to_ += n;
+      in_left_ -= n;
+      host_.onBytes(0, n);
+    }
+    if (in_left_ == 0) {
+      onPayloadEnd();
+      in_header_bytes_ = 0;
+    }
+    if (n >= budget) {
+      host_.onWork(*this);
+      return;
+    }
+    budget -= n;
+  }
+  if (link_ && link_->ended()) onEnd();
+}
+
+void Peer::onHeader() {
+  in_left_ = in_.payload_bytes;
+  in_to_ = nullptr;
+  in_transfer_ = nullptr;
+  in_early_ = false;
+  const bool is_data = in_.type == FrameType::kData;
+  if (in_left_ > (is_data ? kChunkBytes : 0)) return refuse("too long a frame");
+  if (in_.type == FrameType::kMarker) {
+    if (in_.epoch < epoch_) return refuse("a marker of an older epoch");
+    epoch_ = in_.epoch;
+    if (epoch_ > host_.epoch()) host_.onNewerEpoch(*this, epoch_);
+    return;
+  }
+  if (in_.type == FrameType::kFarewell) {
+    has_departed_ = true;
+    return;
+  }
+  // Of an older epoch, or for operations that were cancelled.
+  if (in_.epoch != host_.epoch() || host_.hasFailed()) return;
+  switch (in_.type) {
+    case FrameType::kData:
+      return onData();
+    case FrameType::kRequest:
+      return onRequest();
+    case FrameType::kGrant:
+      return onGrant();
+    case FrameType::kCredit:
+      window_ = std::min(window_ + in_.total, kWindowBytes);
+      return;
+    case FrameType::kReject:
+      return host_.onMismatch(*this, "it refused a message of ours");
+    default:
+      return refuse("an unknown frame");
+  }
+}
+
+void Peer::onData() {
+  if (in_.credited) {
+    early_bytes_ += cost(in_.total);
+    if (in_.total != in_.payload_bytes || early_bytes_ > kWindowBytes)
+      return refuse("data beyond the window");
+  }
+  Inbound& in = inbound_[in_.key];
+  if (!in.receiver && isForeign()) return;
+  if (Transfer* transfer = in.receiver) {
+    if (!fits(*transfer, in_.total, in_.signature)) return;
+    if (in_left_ > transfer->size_ - transfer->moved_)
+      return refuse("data beyond the message");
+    in_transfer_ = transfer;
+    in_to_ = transfer->data_ + transfer->moved_;
+    return;
+  }
+  if (!in_.credited || !in.early.empty() || in.is_complete)
+    return refuse("data that nobody asked for");
+  in.total = in_.total;
+  in.signature = in_.signature;
+  in.early.resize(in_.total);
+  in_to_ = in.early.data();
+  in_early_ = true;
+}
+
+void Peer::onPayloadEnd() {
+  if (Transfer* transfer = std::exchange(in_transfer_, nullptr)) {
+    transfer->moved_ += in_.payload_bytes;
+    if (transfer->moved_ < transfer->size_) return;
+    inbound_.erase(in_.key);
+    if (in_.credited) giveBack(in_.total);
+    transfer->finish();
+    return;
+  }
+  if (!std::exchange(in_early_, false)) return;
+  const auto it = inbound_.find(in_.key);
+  if (it == inbound_.end()) return;
+  Inbound& in = it->second;
+  in.is_complete = true;
+  if (Transfer* transfer = in.receiver) {  // it came while the payload did
+    if (in.total > 0) std::memcpy(transfer->data_, in.early.data(), in.total);
+    giveBack(in.total);
+    inbound_.erase(it);
+    transfer->finish();
+  } else if (in_.key.sequence & kPointToPoint) {
+    host_.onArrival(*this, in_.key);
+  }
+}
+
+void Peer::onRequest() {
+  Inbound& in = inbound_[in_.key];
+  if (Transfer* transfer = in.receiver) {
+    // A long one was granted when it was posted.
+    if (fits(*transfer, in_.total, in_.signature) &&
+        transfer->size_ <= kEagerBytes) {
+      control(FrameType::kGrant, in_.key, in_.signature, in_.total);
+    }
+    return;
+  }
+  if (isForeign()) return;
+  in.is_announced = true;
+  in.total = in_.total;
+  in.signature = in_.signature;
+  if (in_.key.sequence & kPointToPoint) host_.onArrival(*this, in_.key);
+}
+
+void Peer::onGrant() {
+  const auto [it, is_new] = outbound_.try_emplace(in_.key);
+  Outbound& out = it->second;
+  if (Transfer* transfer = out.sender) {
+    outbound_.erase(it);
+    if (fits(*transfer, in_.total, in_.signature)) enqueue(transfer);
+    return;
+  }
+  if (isForeign()) return;
+  out.is_granted = true;
+  out.total = in_.total;
+  out.signature = in_.signature;
+}
+
+void Peer::onEnd() {
+  drop(has_departed_ ? "it has left" : "its link closed without a farewell");
+}
+
+void Peer::refuse(const std::string& why) {
+  has_departed_ = false;
+  drop("it sent " + why);
+}
+
+bool Peer::hasOutput() const {
+  return link_ && (out_header_left_ + out_left_ > 0 ||
+                   control_sent_ < control_.size() || queue_first_);
+}
+
+void Peer::sendAll() {
+  while (out_header_left_ + out_left_ > 0 || nextFrame()) {
+    const auto* header = reinterpret_cast<const std::byte*>(&out_ + 1);
+    // Padding is cut into pieces of what there is of zeros.
+    const size_t payload =
+        out_from_ ? out_left_ : std::min(out_left_, kZeros.size());
+    const std::byte* from = out_from_ ? out_from_ : kZeros.data();
+    const iovec parts[2] = {
+        {const_cast<std::byte*>(header - out_header_left_), out_header_left_},
+        {const_cast<std::byte*>(from), payload}};
+    const size_t wanted = out_header_left_ + payload;
+    const size_t n = link_->write(parts, 2);
+    host_.onBytes(n, 0);
+    const size_t of_header = std::min(n, out_header_left_);
+    out_header_left_ -= of_header;
+    out_left_ -= n - of_header;
+    if (out_from_) out_from_ += n - of_header;
+    if (out_header_left_ + out_left_ == 0) onFrameSent();
+    if (n < wanted) break;
+  }
+  link_->flush();
+}
+
+bool Peer::nextFrame() {
+  out_from_ = nullptr;
+  out_left_ = 0;
+  if (control_sent_ < control_.size()) {
+    out_ = control_[control_sent_++];
+    if (control_sent_ == control_.size()) {
+      control_.clear();
+      control_sent_ = 0;
+    }
+  } else if (Transfer* transfer = queue_first_) {
+    unlink(transfer);
+    out_transfer_ = transfer;
+    out_left_ = std::min(transfer->size_ - transfer->moved_, kChunkBytes);
+    out_from_ = transfer->data_ + transfer->moved_;
+    out_ = {};
+    out_.type = FrameType::kData;
+    out_.credited = transfer->is_credited_;
+    out_.signature = transfer->op_signature();
+    out_.payload_bytes = static_cast<uint32_t>(out_left_);
+    out_.epoch = host_.epoch();
+    out_.key = transfer->key_;
+    out_.total = transfer->size_;
+  } else {
+    return false;
+  }
+  out_header_left_ = sizeof(FrameHeader);
+  return true;
+}
+
+void Peer::onFrameSent() {
+  if (out_.type == FrameType::kFarewell) link_->endWriting();
+  Transfer* transfer = std::exchange(out_transfer_, nullptr);
+  if (transfer == nullptr) return;
+  transfer->moved_ += out_.payload_bytes;
+  if (transfer->moved_ < transfer->size_) {
+    enqueue(transfer);
+  } else {
+    transfer->finish();
+  }
+}
+
+}  // namespace mnemosyne::ccl

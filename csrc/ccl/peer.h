@@ -1,0 +1,172 @@
+// The protocol with one worker: messages, the eager window, grants, and the
+// fence.
+//
+// Lives on the progress thread. docs/design.md, "Frames" and "Fence".
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "ccl/event_loop.h"
+#include "ccl/frame.h"
+#include "ccl/transfer.h"
+#include "ccl/transport.h"
+
+namespace mnemosyne::ccl {
+
+struct MessageKeyHash {
+  size_t operator()(const MessageKey& key) const {
+    // Multiplicative mixing; keys differ in few bits.
+    uint64_t mixed = key.group ^ key.sequence * 0x9e3779b97f4a7c15;
+    mixed = (mixed ^ mixed >> 29) + key.tag * 0xbf58476d1ce4e5b9;
+    return mixed ^ mixed >> 32;
+  }
+};
+
+class Peer final : public EventSink {
+ public:
+  class Host {
+   public:
+    virtual ~Host() = default;
+    virtual int64_t epoch() const = 0;
+    virtual bool hasFailed() const = 0;
+    virtual void onTransferDone(Operation* op, Transfer* transfer) = 0;
+    // The operation that the key belongs to, if it is in flight: whether it is
+    // of another kind than the signature says.
+    virtual bool contradicts(const MessageKey& key, uint16_t signature) = 0;
+    // A point-to-point message that nobody has asked this peer for yet.
+    virtual void onArrival(Peer& peer, const MessageKey& key) = 0;
+    virtual void onMismatch(Peer& peer, const std::string& what) = 0;
+    virtual void onNewerEpoch(Peer& peer, int64_t epoch) = 0;
+    // A pending or new message cannot be completed: the worker died, or left.
+    virtual void onLost(Peer& peer, const std::string& why) = 0;
+    // There is something to send, or an event; pump() is to be called soon.
+    virtual void onWork(Peer& peer) = 0;
+    // The link's descriptor is about to be closed.
+    virtual void onClosing(int fd) = 0;
+    virtual void onBytes(size_t sent, size_t received) = 0;
+  };
+
+  enum class State {
+    kUnlinked,
+    kOpen,
+    kGone,  // it said farewell, or its link broke
+  };
+
+  Peer(Host& host, uint64_t worker_id) : host_(host), worker_id_(worker_id) {}
+
+  uint64_t workerId() const { return worker_id_; }
+  int64_t epoch() const { return epoch_; }  // of its last marker
+  State state() const { return state_; }
+  bool hasDeparted() const { return has_departed_; }
+  int64_t linkedAt() const { return linked_at_; }  // epoch
+  const char* linkKind() const { return link_ ? link_->kind() : "none"; }
+
+  // Takes a new link; what was queued goes over it. `their_epoch` and
+  // `our_epoch` are those told in the handshake.
+  void attach(std::unique_ptr<Link> link, int64_t their_epoch,
+              int64_t our_epoch);
+  // Drops the link and says why to whom it may concern.
+  void drop(const std::string& why);
+
+  // Closes the link without telling anybody.
+  void discard();
+
+  // Starts, and withdraws, a transfer.
+  void post(Transfer* transfer);
+  void withdraw(Transfer* transfer);
+  // Whether the message is here, or announced, and nobody has asked for it.
+  bool hasArrived(const MessageKey& key) const;
+
+  // Starts a new epoch. Requires: no transfer is pending.
+  void fence();
+  void sayFarewell();
+
+  void onEvents(uint32_t events) override;
+  // Sends and receives what is possible now.
+  void pump();
+  bool hasOutput() const;
+
+  // In the mesh's list of peers to pump.
+  bool is_listed = false;
+
+ private:
+  // What is known of a message that is to be received.
+  struct Inbound {
+    Transfer* receiver = nullptr;
+    bool is_announced = false;
+    bool is_complete = false;  // all of `early` is there
+    uint16_t signature = 0;
+    uint64_t total = 0;
+    std::vector<std::byte> early;  // came before anybody asked
+  };
+  // What is known of a message that is to be sent.
+  struct Outbound {
+    Transfer* sender = nullptr;
+    bool is_granted = false;
+    uint16_t signature = 0;
+    uint64_t total = 0;
+  };
+
+  void postSend(Transfer* transfer);
+  void postRecv(Transfer* transfer);
+  void enqueue(Transfer* transfer);
+  void unlink(Transfer* transfer);
+  void control(FrameType type, const MessageKey& key, uint16_t signature,
+               uint64_t total);
+  bool fits(const Transfer& mine, uint64_t total, uint16_t signature);
+  bool isForeign();
+  void giveBack(uint64_t total);
+
+  void receiveAll();
+  void onHeader();
+  void onData();
+  void onPayloadEnd();
+  void onRequest();
+  void onGrant();
+  void onEnd();
+  void refuse(const std::string& why);
+
+  void sendAll();
+  bool nextFrame();
+  void onFrameSent();
+
+  Host& host_;
+  const uint64_t worker_id_;
+  std::unique_ptr<Link> link_;
+  State state_ = State::kUnlinked;
+  int64_t epoch_ = -1;
+  int64_t linked_at_ = -1;
+  bool has_departed_ = false;
+
+  std::unordered_map<MessageKey, Inbound, MessageKeyHash> inbound_;
+  std::unordered_map<MessageKey, Outbound, MessageKeyHash> outbound_;
+  uint64_t window_ = kWindowBytes;  // what we may still send unasked
+  uint64_t owed_ = 0;               // what the peer may send again, untold
+  uint64_t early_bytes_ = 0;        // in the window it uses now
+
+  // The frame that is being received.
+  FrameHeader in_;
+  size_t in_header_bytes_ = 0;
+  size_t in_left_ = 0;          // of the payload
+  std::byte* in_to_ = nullptr;  // null: thrown away
+  Transfer* in_transfer_ = nullptr;
+  bool in_early_ = false;
+
+  // The frame that is being sent.
+  FrameHeader out_;
+  size_t out_header_left_ = 0;
+  const std::byte* out_from_ = nullptr;  // null: padded with zeros
+  size_t out_left_ = 0;
+  Transfer* out_transfer_ = nullptr;
+  // What is to be sent next: control frames first, then messages in turn.
+  std::vector<FrameHeader> control_;
+  size_t control_sent_ = 0;
+  Transfer* queue_first_ = nullptr;
+  Transfer* queue_last_ = nullptr;
+};
+
+}  // namespace mnemosyne::ccl

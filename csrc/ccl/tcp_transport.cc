@@ -1,0 +1,89 @@
+// Links between hosts: the kernel's socket buffers are the channel.
+#include <sys/epoll.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+
+#include "ccl/transport.h"
+#include "common/socket.h"
+
+namespace mnemosyne::ccl {
+namespace {
+
+class TcpLink final : public Link {
+ public:
+  explicit TcpLink(Fd socket) : socket_(std::move(socket)) {}
+
+  int fd() const override { return socket_.get(); }
+  const char* kind() const override { return "tcp"; }
+  bool ended() const override { return ended_ && begin_ == end_; }
+  void flush() override {}
+  void endWriting() override { ::shutdown(socket_.get(), SHUT_WR); }
+
+  void onEvents(uint32_t events) override {
+    if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) readable_ = true;
+    if (events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) writable_ = true;
+  }
+
+  size_t write(const iovec* parts, int num_parts) override {
+    size_t total = 0;
+    for (int i = 0; i < num_parts; ++i) total += parts[i].iov_len;
+    if (broken_) return total;
+    if (!writable_) return 0;
+    const ssize_t n = sendSome(socket_.get(), parts, num_parts);
+    if (n < 0 && !wouldBlock()) {
+      broken_ = true;
+      return total;
+    }
+    // A short count means that the buffer is full: an event will come.
+    writable_ = n == static_cast<ssize_t>(total);
+    return n < 0 ? 0 : static_cast<size_t>(n);
+  }
+
+  size_t read(void* data, size_t size) override {
+    if (begin_ == end_) {
+      // What is large goes to its place at once; headers and small messages are
+      // read many at a time.
+      if (size >= buffer_.size() / 4) return receive(data, size);
+      begin_ = 0;
+      end_ = receive(buffer_.data(), buffer_.size());
+    }
+    const size_t n = std::min(size, end_ - begin_);
+    std::memcpy(data, buffer_.data() + begin_, n);
+    begin_ += n;
+    return n;
+  }
+
+ private:
+  size_t receive(void* data, size_t size) {
+    if (!readable_ || ended_) return 0;
+    const ssize_t n = recvSome(socket_.get(), data, size);
+    if (n > 0) return static_cast<size_t>(n);
+    if (n < 0 && wouldBlock()) {
+      readable_ = false;
+    } else {
+      ended_ = true;  // EOF, reset, or a host that does not answer
+    }
+    return 0;
+  }
+
+  Fd socket_;
+  bool readable_ = true;
+  bool writable_ = true;
+  bool broken_ = false;
+  bool ended_ = false;
+  std::array<std::byte, 1 << 16> buffer_;
+  size_t begin_ = 0;
+  size_t end_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Link> makeTcpLink(Fd socket) {
+  return std::make_unique<TcpLink>(std::move(socket));
+}
+
+}  // namespace mnemosyne::ccl

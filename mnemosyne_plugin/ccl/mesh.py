@@ -1,0 +1,162 @@
+"""All links of this process, as the manager of its rank sees them."""
+
+import atexit
+import os
+import weakref
+from collections.abc import Sequence
+
+from torch._C._distributed_c10d import Backend
+
+from mnemosyne_plugin.ccl import _C
+from mnemosyne_plugin.errors import (
+    CollectiveMismatch,
+    CollectiveTimeout,
+    PeerLost,
+    StaleEpoch,
+)
+
+TRANSPORTS = ("auto", "tcp")
+
+Failure = PeerLost | CollectiveTimeout | StaleEpoch | CollectiveMismatch
+
+
+class Mesh:
+    """The links to all other workers, and the epoch that they are in.
+
+    One per process. All methods may be called by any thread, also while others wait
+    for collectives. In a process forked from the one that made it, they raise.
+    """
+
+    def __init__(
+        self,
+        *,
+        worker_id: int,
+        secret: bytes,
+        bind_host: str = "127.0.0.1",
+        transport: str = "auto",
+        timeout_s: float = 1800.0,
+    ) -> None:
+        """Listen for other workers; nothing can be sent before ``reconfigure``.
+
+        Args:
+            worker_id: unique among all workers that the job ever has.
+            secret: that of the job. Who does not know it cannot connect.
+            bind_host: name or address of an interface that all peers can reach.
+            transport: "auto" (shared memory on one host, else TCP) or "tcp".
+            timeout_s: for collectives of groups that do not name their own.
+        """
+        if transport not in TRANSPORTS:
+            raise ValueError(f"transport must be one of {TRANSPORTS}, not {transport}")
+        self.worker_id = worker_id
+        self.timeout_s = timeout_s
+        self._pid = os.getpid()
+        self._native = _C.Mesh(worker_id, secret, bind_host, transport == "auto")
+        # No thread of ours may be left when the interpreter is taken down.
+        atexit.register(_close, weakref.ref(self))
+
+    @property
+    def address(self) -> str:
+        """Where others reach this worker; opaque, printable."""
+        return self._native.address
+
+    @property
+    def failure_fd(self) -> int:
+        """An eventfd that is readable while a failure is latched."""
+        return self._native.failure_fd
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, or -1 before the first ``reconfigure``."""
+        return self._native.epoch
+
+    @property
+    def rank(self) -> int:
+        """The global rank that this worker holds, or -1."""
+        return self._native.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of the current membership, or 0."""
+        return self._native.world_size
+
+    def reconfigure(
+        self, epoch: int, rank: int, members: Sequence[tuple[int, str]]
+    ) -> int:
+        """Move to a newer epoch: fence the old one and clear a latched failure.
+
+        Args:
+            epoch: must be newer than the current one, else StaleEpoch.
+            rank: the rank of this worker.
+            members: ``members[r]`` is the worker id and the address of rank r.
+
+        Returns:
+            How many links are replaced: dialled anew because the rank has another
+            worker and a link to the former one was open, or because the link to a
+            living worker had broken.
+        """
+        return self._native.reconfigure(epoch, rank, list(members))
+
+    def fence(self, reason: str, lost_rank: int = -1) -> None:
+        """Latch a failure from outside: cancel all until the next ``reconfigure``."""
+        self._native.fence(reason, lost_rank)
+
+    def failure(self) -> Failure | None:
+        """Return the latched failure, or None."""
+        return self._native.failure()
+
+    def absorb(self, on: bool) -> None:
+        """Let operations that fail complete as if they had not, or end that."""
+        self._native.absorb(on)
+
+    def start_recording(self) -> None:
+        """Keep the results of small operations from here on."""
+        self._native.start_recording()
+
+    def stop_recording(self) -> bytes:
+        """Return the set-up log, and record no longer."""
+        return self._native.stop_recording()
+
+    def start_replay(self, log: bytes) -> None:
+        """Answer operations from a set-up log. ValueError if it is malformed."""
+        self._native.start_replay(log)
+
+    def stop_replay(self) -> None:
+        """Run operations over the links from here on."""
+        self._native.stop_replay()
+
+    def counters(self) -> dict[str, int]:
+        """Return how much has happened since the mesh was made."""
+        return self._native.counters()
+
+    def close(self) -> None:
+        """End all operations and tell the peers that this is no failure."""
+        self._native.close()
+
+
+def _close(reference: "weakref.ref[Mesh]") -> None:
+    mesh = reference()
+    # In a forked child the parent's mesh is not ours to close.
+    if mesh is not None and mesh._pid == os.getpid():
+        mesh.close()
+
+
+def create_group(
+    mesh: Mesh,
+    name: str,
+    global_ranks: Sequence[int],
+    timeout_s: float,
+    absorb: bool = True,
+) -> Backend:
+    """Return a c10d backend for a group that this process is a member of.
+
+    No communication: all members make it, with the same name and ranks, in any order.
+
+    Args:
+        mesh: seated, that is, ``reconfigure`` has been called.
+        name: tells groups with the same ranks apart.
+        global_ranks: in the order of the group's own ranks.
+        timeout_s: for each of its operations.
+        absorb: whether its failures may be absorbed, and its operations recorded
+            and replayed. False for the groups that recovery itself uses.
+    """
+    return _C.create_group(mesh._native, name, list(global_ranks), timeout_s, absorb)

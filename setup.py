@@ -1,0 +1,83 @@
+"""Builds csrc/ with CMake and ninja against the installed torch."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+TORCH_VERSION = torch.__version__.split("+")[0]
+
+
+def tool(name: str) -> str:
+    """Return the path of a build tool, which a wheel may have put beside python."""
+    beside_python = os.path.dirname(sys.executable)
+    path = os.pathsep.join([os.environ.get("PATH", ""), beside_python])
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise SystemExit(f"setup.py needs {name}; run: pip install {name}")
+    return found
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake in a stable folder, so that a second build finds its work done."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build the native module and copy it to where setuptools wants it."""
+        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{TORCH_VERSION}"
+        settings = {
+            "CMAKE_BUILD_TYPE": "RelWithDebInfo",
+            "CMAKE_MAKE_PROGRAM": tool("ninja"),
+            "TORCH_ROOT": os.path.dirname(torch.__file__),
+            "TORCH_CXX11_ABI": int(torch.compiled_with_cxx11_abi()),
+            "PYTHON_INCLUDE": sysconfig.get_path("include"),
+            "PYTHON_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+        }
+        flags = [f"-D{name}={value}" for name, value in settings.items()]
+        cmake = tool("cmake")
+        jobs = str(self.parallel or min(4, os.cpu_count() or 1))
+        subprocess.run(
+            [cmake, "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja", *flags],
+            check=True,
+        )
+        subprocess.run([cmake, "--build", str(folder), "-j", jobs], check=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A running process may have the old module mapped: replace it, never
+        # overwrite its bytes.
+        fresh = target.with_suffix(".new")
+        shutil.copy2(folder / target.name, fresh)
+        fresh.replace(target)
+
+
+setup(
+    name="mnemosyne-plugin",
+    version="0.1.0",
+    description="Error recovery for LLM training without restarts and checkpoints",
+    long_description=(ROOT / "README.md").read_text()
+    if (ROOT / "README.md").exists()
+    else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["mnemosyne_plugin", "mnemosyne_plugin.*"]),
+    package_data={"mnemosyne_plugin.ccl": ["_C.pyi"]},
+    ext_modules=[Extension("mnemosyne_plugin.ccl._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    install_requires=[f"torch=={TORCH_VERSION}", "wrapt>=1.15"],
+    extras_require={
+        "dev": ["clang-format", "mypy", "ninja", "pytest", "pytest-timeout", "ruff"],
+        "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+    },
+    entry_points={
+        "console_scripts": ["mnemosyne = mnemosyne_plugin.cli:main"],
+        "torch.backends": ["mnemosyne = mnemosyne_plugin.autoload:autoload"],
+    },
+    zip_safe=False,
+)

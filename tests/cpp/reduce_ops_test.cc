@@ -1,0 +1,99 @@
+#include "ccl/reduce_ops.h"
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "test.h"
+
+namespace mnemosyne::testing {
+namespace {
+
+using namespace ccl;  // NOLINT: tests only
+
+template <typename T>
+T combine(DataType type, ReduceOp op, T a, T b) {
+  T out{};
+  reduce(type, op, &out, &a, &b, sizeof(T));
+  return out;
+}
+
+uint16_t half(DataType type, ReduceOp op, uint16_t a, uint16_t b) {
+  return combine<uint16_t>(type, op, a, b);
+}
+
+constexpr uint16_t kHalfOne = 0x3c00;
+constexpr uint16_t kHalfMax = 0x7bff;
+constexpr uint16_t kHalfInfinity = 0x7c00;
+
+}  // namespace
+
+// x * 1 widens and rounds: it must be the identity for every value that is no
+// NaN.
+TEST(every_half_survives_widening_and_rounding) {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const auto x = static_cast<uint16_t>(bits);
+    const bool nan16 = (x & 0x7fff) > kHalfInfinity;
+    const bool nan_brain = (x & 0x7fff) > 0x7f80;
+    if (!nan16)
+      EXPECT_EQ(half(DataType::kFloat16, ReduceOp::kProduct, x, kHalfOne), x);
+    if (!nan_brain)
+      EXPECT_EQ(half(DataType::kBfloat16, ReduceOp::kProduct, x, 0x3f80), x);
+  }
+}
+
+TEST(halves_round_to_the_nearest_even) {
+  const auto add = [](uint16_t a, uint16_t b) {
+    return half(DataType::kFloat16, ReduceOp::kSum, a, b);
+  };
+  EXPECT_EQ(add(kHalfOne, 0x1000), kHalfOne);  // 1 + 2^-11: a tie, down
+  EXPECT_EQ(add(0x3c01, 0x1000), 0x3c02);      // a tie, up
+  EXPECT_EQ(add(kHalfOne, 0x1001), 0x3c01);    // above the tie
+  EXPECT_EQ(add(kHalfMax, kHalfMax), kHalfInfinity);
+  EXPECT_EQ(add(kHalfMax, 0x4c00), kHalfInfinity);  // 65504 + 16: a tie, up
+  EXPECT_EQ(add(kHalfMax, 0x4b00), kHalfMax);       // 65504 + 14
+  EXPECT_EQ(add(1, 1), 2);                          // subnormals
+  EXPECT_EQ(add(0x03ff, 1), 0x0400);                // to the first normal
+  const auto multiply = [](uint16_t a, uint16_t b) {
+    return half(DataType::kFloat16, ReduceOp::kProduct, a, b);
+  };
+  EXPECT_EQ(multiply(1, 0x3800), 0);  // 2^-24 / 2: a tie, to zero
+  EXPECT_EQ(multiply(3, 0x3800), 2);  // 1.5 units: a tie, to even
+  EXPECT((add(0x7e00, kHalfOne) & 0x7fff) > kHalfInfinity);  // NaN stays NaN
+  EXPECT_EQ(half(DataType::kBfloat16, ReduceOp::kSum, 0x3f80, 0x3b80), 0x3f80);
+  EXPECT_EQ(half(DataType::kBfloat16, ReduceOp::kSum, 0x3f81, 0x3b80), 0x3f82);
+}
+
+TEST(a_nan_wins_every_comparison) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (ReduceOp op : {ReduceOp::kMin, ReduceOp::kMax}) {
+    EXPECT(std::isnan(combine(DataType::kFloat32, op, nan, 1.0f)));
+    EXPECT(std::isnan(combine(DataType::kFloat32, op, 1.0f, nan)));
+  }
+  EXPECT_EQ(combine(DataType::kFloat32, ReduceOp::kMin, 2.0f, 1.0f), 1.0f);
+  EXPECT_EQ(combine(DataType::kFloat64, ReduceOp::kMax, 2.0, 1.0), 2.0);
+}
+
+TEST(integers_wrap_and_averages_round_to_zero) {
+  EXPECT_EQ(combine<int32_t>(DataType::kInt32, ReduceOp::kSum, INT32_MAX, 1),
+            INT32_MIN);
+  EXPECT_EQ(combine<int8_t>(DataType::kInt8, ReduceOp::kProduct, 100, 3), 44);
+  EXPECT_EQ(combine<int64_t>(DataType::kInt64, ReduceOp::kBitXor, 6, 3), 5);
+  std::vector<int64_t> values = {-7, 7};
+  divide(DataType::kInt64, values.data(), 2, 16);
+  EXPECT_EQ(values[0], -3);
+  EXPECT_EQ(values[1], 3);
+  EXPECT_EQ(combine(DataType::kBool, ReduceOp::kSum, true, true), true);
+  EXPECT_EQ(combine(DataType::kBool, ReduceOp::kProduct, true, false), false);
+}
+
+TEST(reductions_without_a_meaning_are_refused) {
+  EXPECT(!canReduce(DataType::kComplex64, ReduceOp::kMax));
+  EXPECT(!canReduce(DataType::kFloat32, ReduceOp::kBitAnd));
+  EXPECT(!canReduce(DataType::kBytes, ReduceOp::kSum));
+  EXPECT(canReduce(DataType::kComplex128, ReduceOp::kProduct));
+}
+
+}  // namespace mnemosyne::testing

@@ -1,0 +1,39 @@
+#include "test.h"
+
+#include <utility>
+#include <vector>
+
+namespace mnemosyne::testing {
+namespace {
+
+using Test = std::pair<std::string, std::function<void()>>;
+
+std::vector<Test>& tests() {
+  static std::vector<Test> all;
+  return all;
+}
+
+}  // namespace
+
+Registration::Registration(const char* name, std::function<void()> body) {
+  tests().emplace_back(name, std::move(body));
+}
+
+}  // namespace mnemosyne::testing
+
+// Runs all tests, or those whose name contains the argument.
+int main(int argc, char** argv) {
+  const std::string wanted = argc > 1 ? argv[1] : "";
+  int failures = 0;
+  for (const auto& [name, body] : mnemosyne::testing::tests()) {
+    if (name.find(wanted) == std::string::npos) continue;
+    try {
+      body();
+      std::cout << "ok    " << name << std::endl;
+    } catch (const std::exception& error) {
+      ++failures;
+      std::cout << "FAIL  " << name << ": " << error.what() << std::endl;
+    }
+  }
+  return failures == 0 ? 0 : 1;
+}

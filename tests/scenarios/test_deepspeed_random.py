@@ -1,0 +1,71 @@
+"""Kills at moments that nobody chose."""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster import LocalCluster
+from verdict import assert_survived
+
+STEPS = 60
+KILLS_PER_JOB = 5
+Job = Callable[..., LocalCluster]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("seed", range(4))
+def test_kills_at_random_moments_lose_nothing(
+    seed: int, train: Job, undisturbed: Job
+) -> None:
+    moments = random.Random(seed)
+    kills: Counter[int] = Counter()
+    job = train(steps=STEPS)
+    for kill in range(KILLS_PER_JOB):
+        job.wait_for_step(5 + 10 * kill, timeout_s=60)
+        # The one sleep that is meant: the moment within the step is the test.
+        time.sleep(moments.uniform(0.0, 0.12))
+        rank = moments.randrange(4)
+        job.kill(rank)
+        kills[rank] += 1
+    assert job.wait(120) == [0], job.output()
+    assert_survived(job, undisturbed(steps=STEPS), kills)
+
+
+@pytest.mark.timeout(300)
+def test_thirty_kills_leave_the_survivors_as_they_were(
+    train: Job, undisturbed: Job
+) -> None:
+    job = train(steps=100)
+    job.wait_for_step(4)
+    before = {}
+    for kill in range(30):
+        job.wait_for_step(5 + 3 * kill, timeout_s=60)
+        job.kill(1 + kill % 2)
+        if kill == 4:  # by then every cache and every pool has been filled once
+            before = {rank: Footprint(job.pid(rank)) for rank in (0, 3)}
+    job.wait_for_step(97, timeout_s=60)
+    after = {rank: Footprint(job.pid(rank)) for rank in (0, 3)}
+    assert job.wait(60) == [0], job.output()
+    assert_survived(job, undisturbed(steps=100), {1: 15, 2: 15})
+    for rank in (0, 3):
+        assert after[rank].num_files <= before[rank].num_files
+        assert after[rank].num_threads <= before[rank].num_threads
+        # 25 leaked copies of the model's state would be 150 MB.
+        assert after[rank].size_bytes <= before[rank].size_bytes + (16 << 20)
+
+
+class Footprint:
+    """What a process holds now: open files, threads, resident memory."""
+
+    def __init__(self, pid: int) -> None:
+        proc = Path(f"/proc/{pid}")
+        status = dict(
+            line.split(":", 1) for line in (proc / "status").read_text().splitlines()
+        )
+        self.num_files = len(list((proc / "fd").iterdir()))
+        self.num_threads = int(status["Threads"])
+        self.size_bytes = int(status["VmRSS"].split()[0]) << 10
