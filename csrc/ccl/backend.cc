@@ -622,9 +622,8 @@ MnemosyneBackend::WorkPtr MnemosyneBackend::reduce_scatter_tensor_coalesced(
   checkTensors(what, inputs, inputs.size());
   checkTensors(what, outputs, inputs.size());
   checkSameType(what, inputs[0], outputs[0]);
-  auto work =
-      make(Kind::kReduceScatter, OpType::REDUCE_SCATTER_TENSOR_COALESCED,
-           "mnemosyne:reduce_scatter_tensor", inputs, opts.timeout);
+  auto work = make(Kind::kReduceScatter, OpType::_REDUCE_SCATTER_BASE,
+                   "mnemosyne:reduce_scatter_tensor", inputs, opts.timeout);
   setReduction(work.get(), what, outputs[0], opts.reduceOp);
   const Buffer packed = work->stage(totalBytes(inputs));
   const Buffer reduced = work->stage(totalBytes(outputs));

@@ -41,13 +41,13 @@ void EventLoop::forget(int fd) {
 }
 
 void EventLoop::poll(Deadline deadline) {
+  graveyard_.clear();  // all events that were fetched have been told
   std::array<epoll_event, 64> events;
   const int count = ::epoll_wait(epoll_.get(), events.data(), events.size(),
                                  deadline.remainingMs());
   if (count < 0 && errno != EINTR) throwErrno("epoll_wait");
   for (int i = 0; i < count; ++i)
     static_cast<EventSink*>(events[i].data.ptr)->onEvents(events[i].events);
-  graveyard_.clear();
 }
 
 }  // namespace mnemosyne::ccl

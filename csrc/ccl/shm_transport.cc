@@ -53,12 +53,14 @@ class ShmLink final : public Link {
   void endWriting() override { ::shutdown(socket_.get(), SHUT_WR); }
 
   void onEvents(uint32_t) override {
+    // To the very end: the EOF may stand behind the bells, and has no edge of its
+    // own then.
     char bells[256];
     ssize_t n;
     do {
       n = recvSome(socket_.get(), bells, sizeof(bells));
-    } while (n == sizeof(bells));
-    if (n == 0 || (n < 0 && !wouldBlock())) hung_up_ = true;
+    } while (n > 0);
+    if (n == 0 || !wouldBlock()) hung_up_ = true;
   }
 
   size_t write(const iovec* parts, int num_parts) override {

@@ -5,6 +5,7 @@ restarted.
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -12,8 +13,9 @@ from pathlib import Path
 
 from mnemosyne_plugin.events import read_events
 
-NUM_RANKS, STEPS = 4, 30
-VICTIM, KILL_STEP = 2, 12
+NUM_RANKS, STEPS = 4, 60
+# By step 40 the standby has imported what the workers use, as in any longer job.
+VICTIM, KILL_STEP = 2, 40
 RUN_TIMEOUT_S = 300
 Losses = dict[tuple[int, int], float]
 
@@ -49,12 +51,12 @@ def train(folder: Path, *options: str) -> Losses:
     """Run train.py under `mnemosyne run`; return what it logged."""
     loss_log = folder / "losses.txt"
     folder.mkdir()
-    command = [str(Path(sys.executable).with_name("mnemosyne")), "run"]
-    command += ["--standalone", f"--nproc-per-node={NUM_RANKS}", "--standby=1"]
-    command += [f"--run-dir={folder}", *options]
-    command += [str(Path(__file__).with_name("train.py"))]
-    command += [f"--steps={STEPS}", f"--loss-log={loss_log}"]
-    print("$", " ".join(command), flush=True)
+    arguments = ["run", f"--nproc-per-node={NUM_RANKS}", "--standby=1"]
+    arguments += [f"--run-dir={folder}", *options]
+    arguments += [str(Path(__file__).with_name("train.py"))]
+    arguments += [f"--steps={STEPS}", f"--loss-log={loss_log}"]
+    print("$ mnemosyne", shlex.join(arguments), flush=True)
+    command = [str(Path(sys.executable).with_name("mnemosyne")), *arguments]
     if (code := subprocess.run(command, timeout=RUN_TIMEOUT_S).returncode) != 0:
         sys.exit(f"the run failed with exit code {code}")
     rows = (line.split() for line in loss_log.read_text().splitlines())
@@ -97,7 +99,7 @@ def mean_over_ranks(losses: Losses) -> list[float]:
 
 
 def plot(values: list[float], marked: int, height: int = 10) -> str:
-    """Draw a curve as text, two columns per value, with one value marked."""
+    """Draw a curve as text, one column per value, with one value marked."""
     low, high = min(values), max(values)
     scale = (height - 1) / ((high - low) or 1.0)
     rows = [round((high - value) * scale) for value in values]
@@ -108,9 +110,9 @@ def plot(values: list[float], marked: int, height: int = 10) -> str:
             for x in range(len(values))
         )
         label = f"{high - row / scale:6.2f}" if row in (0, height - 1) else " " * 6
-        text.append(f"{label} |" + " ".join(cells))
-    text.append(" " * 7 + "+" + "-" * (2 * len(values)))
-    text.append(" " * (8 + 2 * marked) + f"^ kill -9 in step {marked}")
+        text.append(f"{label} |" + "".join(cells))
+    text.append(" " * 7 + "+" + "-" * len(values))
+    text.append(" " * (8 + marked) + f"^ kill -9 in step {marked}")
     return "\n".join(text)
 
 
