@@ -53,8 +53,8 @@ class ShmLink final : public Link {
   void endWriting() override { ::shutdown(socket_.get(), SHUT_WR); }
 
   void onEvents(uint32_t) override {
-    // To the very end: the EOF may stand behind the bells, and has no edge of its
-    // own then.
+    // To the very end: the EOF may stand behind the bells, and has no edge of
+    // its own then.
     char bells[256];
     ssize_t n;
     do {

@@ -326,9 +326,7 @@ def ddp(pg: Any, rank: int, size: int) -> list[torch.Tensor]:
         torch.nn.Sequential(*layers), process_group=pg, bucket_cap_mb=0.02
     )
 
-    def mean(
-        state: Any, bucket: dist.GradBucket
-    ) -> torch.futures.Future[torch.Tensor]:
+    def mean(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         work = dist.all_reduce(bucket.buffer(), group=pg, async_op=True)
         return work.get_future().then(lambda f: f.value()[0] / size)
 

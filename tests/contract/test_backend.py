@@ -1,11 +1,9 @@
 """One suite, several implementations: gloo is the oracle, we are the candidate."""
 
 import tempfile
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
