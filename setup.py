@@ -70,7 +70,7 @@ setup(
     package_data={"mnemosyne_plugin.ccl": ["_C.pyi"]},
     ext_modules=[Extension("mnemosyne_plugin.ccl._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    install_requires=[f"torch=={TORCH_VERSION}", "wrapt>=1.15"],
+    install_requires=[f"torch=={TORCH_VERSION}"],
     extras_require={
         "dev": ["clang-format", "mypy", "ninja", "pytest", "pytest-timeout", "ruff"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],

@@ -29,8 +29,9 @@ from jobs import (
 )
 
 SAVE_EVERY = 5
-# 11 is one more than two checkpoints: five kills have all distances to the last one.
-FIRST_STEP, STEPS_BETWEEN = 8, 11
+# By then the standby has imported what the workers use. 11 is one more than two
+# checkpoints, so that five kills have all distances to the last one.
+FIRST_STEP, STEPS_BETWEEN = 48, 11
 
 
 def main() -> None:

@@ -54,6 +54,8 @@ def parse(spec: str) -> Fault:
         raise ConfigError(f"--chaos: {spec!r} lacks {error.args[0]}=") from None
     except ValueError as error:
         raise ConfigError(f"--chaos: {spec!r}: {error}") from None
+    if fault.rank < 0 or fault.step < 0 or not 0 <= fault.delay_ms < 1e6:
+        raise ConfigError(f"--chaos: {spec!r} has a number out of range")
     if fault.phase not in PHASES:
         raise ConfigError(f"--chaos: phase {fault.phase!r} is not one of {PHASES}")
     return fault

@@ -214,7 +214,8 @@ void BackendWork::setResult(std::vector<std::vector<at::Tensor>> lists) {
   results_ = std::move(lists);
 }
 
-void BackendWork::submitTo(Mesh& mesh) {
+void BackendWork::submitTo(Mesh& mesh, uint64_t number) {
+  number_ = number;
   self_ = c10::intrusive_ptr<BackendWork>::reclaim_copy(this);
   try {
     mesh.submit(this);
@@ -335,8 +336,7 @@ void MnemosyneBackend::abort() {
 c10::intrusive_ptr<BackendWork> MnemosyneBackend::make(
     Kind kind, OpType type, const char* title, const Tensors& inputs,
     std::chrono::milliseconds timeout) {
-  auto work = c10::make_intrusive<BackendWork>(getRank(), type, title, inputs,
-                                               next_number_++);
+  auto work = c10::make_intrusive<BackendWork>(getRank(), type, title, inputs);
   work->kind = kind;
   work->group = group_;
   work->timeout = timeout > Milliseconds(0) ? timeout : timeout_.load();
@@ -345,7 +345,10 @@ c10::intrusive_ptr<BackendWork> MnemosyneBackend::make(
 
 MnemosyneBackend::WorkPtr MnemosyneBackend::launch(
     c10::intrusive_ptr<BackendWork> work) {
-  work->submitTo(*mesh_);
+  const bool is_collective = work->kind != Kind::kSend &&
+                             work->kind != Kind::kRecv &&
+                             work->kind != Kind::kRecvAny;
+  work->submitTo(*mesh_, is_collective ? next_number_++ : next_number_.load());
   std::lock_guard<std::mutex> lock(coalescing_mu_);
   if (is_coalescing_) coalesced_.push_back(work);
   return work;
@@ -629,10 +632,12 @@ MnemosyneBackend::WorkPtr MnemosyneBackend::reduce_scatter_tensor_coalesced(
   const Buffer reduced = work->stage(totalBytes(outputs));
   Packer columns(packed);
   Packer own(reduced);
+  std::vector<Buffer> sources;
+  for (const at::Tensor& input : inputs) sources.push_back(work->read(input));
   for (int rank = 0; rank < getSize(); ++rank) {
     work->inputs.push_back(partOf(packed, rank, getSize()));
-    for (const at::Tensor& input : inputs) {
-      const Buffer part = partOf(work->read(input), rank, getSize());
+    for (const Buffer& source : sources) {
+      const Buffer part = partOf(source, rank, getSize());
       copyBytes(columns.next(part.size), part);
     }
   }

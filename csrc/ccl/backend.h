@@ -23,8 +23,8 @@ namespace mnemosyne::ccl {
 class BackendWork final : public c10d::Work, public Operation {
  public:
   BackendWork(int rank, c10d::OpType type, const char* title,
-              const std::vector<at::Tensor>& inputs, uint64_t number)
-      : c10d::Work(rank, type, title, inputs), number_(number) {}
+              const std::vector<at::Tensor>& inputs)
+      : c10d::Work(rank, type, title, inputs) {}
 
   // ---- before it is submitted
   // The tensor's memory, or a contiguous copy of it.
@@ -38,8 +38,9 @@ class BackendWork final : public c10d::Work, public Operation {
   void copyBack(const Buffer& to, const Buffer& from);
   void setResult(std::vector<at::Tensor> tensors);
   void setResult(std::vector<std::vector<at::Tensor>> lists);
-  // Requires: called once; nothing above is called afterwards.
-  void submitTo(Mesh& mesh);
+  // `number`: of its group's collectives before it. Requires: called once;
+  // nothing above is called afterwards.
+  void submitTo(Mesh& mesh, uint64_t number);
 
   // ---- c10d::Work, any thread
   bool wait(std::chrono::milliseconds timeout) override;
@@ -56,7 +57,7 @@ class BackendWork final : public c10d::Work, public Operation {
   void unstage() override;
   void settle(const c10::intrusive_ptr<c10::ivalue::Future>& future);
 
-  const uint64_t number_;
+  uint64_t number_ = 0;
   std::vector<std::vector<at::Tensor>> results_;
   std::vector<at::Tensor> kept_;                     // their memory is used
   std::vector<std::pair<Buffer, Buffer>> unpacked_;  // to, from
@@ -136,6 +137,7 @@ class MnemosyneBackend final : public c10d::Backend {
   const std::shared_ptr<Mesh> mesh_;
   const std::shared_ptr<Group> group_;
   std::atomic<std::chrono::milliseconds> timeout_;
+  // Of collectives: it is equal on all ranks, so messages do not count.
   std::atomic<uint64_t> next_number_{0};
   std::mutex coalescing_mu_;
   bool is_coalescing_ = false;      // guarded by coalescing_mu_

@@ -62,6 +62,21 @@ Milliseconds toMilliseconds(double seconds) {
       static_cast<int64_t>(std::min(seconds, kForever) * 1000.0));
 }
 
+std::shared_ptr<Mesh> makeMesh(uint64_t worker_id, std::string secret,
+                               const std::string& bind_host, bool use_shm) {
+  auto* mesh = new Mesh(worker_id, std::move(secret), bind_host, use_shm);
+  return std::shared_ptr<Mesh>(mesh, [](Mesh* last) {
+    if (last->isInherited()) return;
+    // Its end waits for callbacks, which may wait for the interpreter's lock.
+    if (Py_IsInitialized() && PyGILState_Check()) {
+      const py::gil_scoped_release release;
+      delete last;
+    } else {
+      delete last;
+    }
+  });
+}
+
 int reconfigure(Mesh& mesh, int64_t epoch, int rank,
                 const std::vector<std::pair<uint64_t, std::string>>& members) {
   std::vector<Mesh::Member> list;
@@ -92,9 +107,8 @@ PYBIND11_MODULE(_C, m) {
   py::register_exception_translator(&translate);
 
   py::class_<Mesh, std::shared_ptr<Mesh>>(m, "Mesh")
-      .def(py::init<uint64_t, std::string, const std::string&, bool>(),
-           py::arg("worker_id"), py::arg("secret"), py::arg("bind_host"),
-           py::arg("use_shm"), NoGil())
+      .def(py::init(&makeMesh), py::arg("worker_id"), py::arg("secret"),
+           py::arg("bind_host"), py::arg("use_shm"), NoGil())
       .def_property_readonly("address", &Mesh::address)
       .def_property_readonly("failure_fd", &Mesh::failureFd)
       .def_property_readonly("epoch", &Mesh::currentEpoch)

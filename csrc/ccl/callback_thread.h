@@ -2,30 +2,30 @@
 // take the interpreter's lock, or start a collective and wait for it.
 #pragma once
 
-#include <condition_variable>
-#include <deque>
 #include <functional>
-#include <mutex>
+#include <memory>
 #include <thread>
 
 namespace mnemosyne::ccl {
 
 class CallbackThread {
  public:
-  CallbackThread() : thread_([this] { loop(); }) {}
-  // Requires: not called from a callback.
+  CallbackThread();
+  // Runs what is queued, and ends. Called from a callback, it does not wait for
+  // that.
   ~CallbackThread();
 
   void run(std::function<void()> callback);
 
  private:
-  void loop();
+  struct Queue;
 
-  std::mutex mu_;
-  std::condition_variable changed_;
-  std::deque<std::function<void()>> queue_;  // guarded by mu_
-  bool stopping_ = false;                    // guarded by mu_
+  std::shared_ptr<Queue> queue_;  // the thread's too
   std::thread thread_;
 };
+
+// Names the calling thread, and leaves all signals to the others: handlers
+// belong to the user's threads.
+void nameThread(const char* name);
 
 }  // namespace mnemosyne::ccl

@@ -147,8 +147,13 @@ void Connector::attempt(uint64_t worker_id, Dial* dial) {
                       !dial->address.unix_name.empty() &&
                       dial->address.host_id == address_.host_id;
   ++dial->attempts;
-  Fd socket = is_shm ? connectUnix(dial->address.unix_name)
-                     : connectTcp(dial->address.tcp);
+  Fd socket;
+  try {
+    socket = is_shm ? connectUnix(dial->address.unix_name)
+                    : connectTcp(dial->address.tcp);
+  } catch (const std::invalid_argument&) {
+    errno = EINVAL;  // not an address that this host can use
+  }
   if (socket) {
     dial->handshake = Handshake::dial(self_, std::move(socket), is_shm,
                                       worker_id, host_.epoch(), dial->deadline);

@@ -4,6 +4,7 @@
 #include <sys/random.h>
 
 #include <cstring>
+#include <system_error>
 #include <vector>
 
 #include "common/error.h"
@@ -182,7 +183,12 @@ void Handshake::onChallenge() {
     return;
   }
   proof_ = proofMac(self_.secret, hello_, challenge_);
-  if (is_shm_) memory_.emplace(SharedMemory::create(shmLinkBytes()));
+  try {
+    if (is_shm_) memory_.emplace(SharedMemory::create(shmLinkBytes()));
+  } catch (const std::system_error&) {
+    state_ = State::kUnreachable;  // out of memory or descriptors
+    return;
+  }
   if (transmit(&proof_, sizeof(proof_), is_shm_ ? memory_->fd() : -1))
     step_ = Step::kVerdict;
 }

@@ -59,18 +59,10 @@ Mesh::Mesh(uint64_t worker_id, std::string secret, const std::string& bind_host,
   thread_ = std::thread([this] { loop(); });
 }
 
-Mesh::~Mesh() {
-  if (generation_ == forkGeneration()) {
-    close();
-    return;
-  }
-  // In a forked child neither thread exists, so there is nobody to join.
-  thread_.detach();
-  (void)callbacks_.release();
-}
+Mesh::~Mesh() { close(); }
 
 void Mesh::checkOwner() const {
-  if (generation_ != forkGeneration())
+  if (isInherited())
     throw std::runtime_error(
         "this mesh belongs to the process that this one was forked from");
 }
@@ -171,9 +163,11 @@ void Mesh::close() {
   std::lock_guard<std::mutex> closing(close_mu_);
   if (!thread_.joinable()) return;
   Command command([this] { beginClosing(); });
-  auto done = command.task.get_future();
-  enqueue(&command);
-  done.get();
+  try {
+    enqueue(&command);
+  } catch (const std::runtime_error&) {
+    // The progress thread has ended by itself, and said why in failure().
+  }
   thread_.join();
   callbacks_.reset();
 }

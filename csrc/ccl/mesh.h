@@ -38,7 +38,13 @@ class Mesh final : private Peer::Host, private Connector::Host {
 
   Mesh(uint64_t worker_id, std::string secret, const std::string& bind_host,
        bool use_shm);
+  // Requires: not isInherited().
   ~Mesh() override;
+
+  // Whether this is the copy that a forked child has got. Its threads do not
+  // exist and its state may be torn, so it must never be destroyed, only
+  // forgotten.
+  bool isInherited() const { return generation_ != forkGeneration(); }
 
   std::string address() const { return address_; }
   // An eventfd that is readable while a failure is latched.
@@ -185,7 +191,6 @@ class Mesh final : private Peer::Host, private Connector::Host {
   bool has_failed_ = false;
   bool must_abort_ = false;  // has_failed_, and operations are still in flight
   bool absorbs_ = false;
-  bool stops_ = false;
   Deadline close_by_ = Deadline::never();
   Operation* flight_ = nullptr;
   Deadline next_timeout_ = Deadline::never();

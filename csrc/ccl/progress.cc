@@ -1,6 +1,4 @@
 // The progress thread: runs operations, moves bytes, watches deadlines.
-#include <pthread.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -10,6 +8,8 @@
 
 namespace mnemosyne::ccl {
 namespace {
+
+constexpr int kTurnsBetweenPolls = 16;
 
 // All ranks compute the same from what they were asked to do.
 uint16_t signatureOf(const Operation& op) {
@@ -58,11 +58,13 @@ void zeroOutputs(const Operation& op) {
 }  // namespace
 
 void Mesh::loop() {
-  ::pthread_setname_np(::pthread_self(), "mnemo-progress");
+  nameThread("mnemo-progress");
   try {
-    while (!stops_) {
-      while (turn()) {
-      }
+    while (true) {
+      // Links in memory can keep us busy for ever: look at the others in
+      // between.
+      for (int turns = 1; turn(); ++turns)
+        if (turns % kTurnsBetweenPolls == 0) loop_.poll(Deadline::in({}));
       const bool is_over = close_by_.expired() || isClosed();
       if (close_by_ < Deadline::never() && is_over) break;
       sleep();

@@ -62,6 +62,10 @@ class _DdpState:
         self._model = model
         self._optimizer = optimizer
         self._scheduler = scheduler
+        self.buffers = Buffers(model)
+        self.rewind = self.buffers.rewind
+        self.local = self.buffers.local
+        self.load_local = self.buffers.load_local
 
     def tensors(self) -> Tensors:
         return module_tensors(self._model) | optimizer_tensors(self._optimizer)
@@ -88,11 +92,11 @@ class Session:
     def __init__(
         self,
         manager: Manager,
-        model: torch.nn.Module,
+        buffers: Buffers,
         optimizer: torch.optim.Optimizer,
     ) -> None:
         self._manager = manager
-        self._buffers = Buffers(model)
+        self._buffers = buffers
         self._has_voted = False
         optimizer.register_step_pre_hook(self._before_mutation)
 
@@ -109,7 +113,7 @@ class Session:
         """
         self._manager.phase("data")
         self._manager.begin()
-        self._buffers.remember()
+        self._buffers.begin()
         rng = capture_rng()
         while True:
             self._has_voted = False
@@ -118,10 +122,11 @@ class Session:
                 result = train_step(*args, **kwargs)
             except _Redo:
                 restore_rng(rng)
-                self._buffers.restore()
+                self._buffers.rewind()
                 continue
             if not self._has_voted:
                 raise FatalError("train_step must call optimizer.step() exactly once")
+            self._buffers.end()
             self._manager.end()
             return result
 
@@ -154,5 +159,6 @@ def attach(
         )
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model.reducer = _FixedBuckets(model.reducer)  # type: ignore[assignment]
-    manager.attach(_DdpState(model, optimizer, scheduler), None)
-    return Session(manager, model, optimizer)
+    state = _DdpState(model, optimizer, scheduler)
+    manager.attach(state, None)
+    return Session(manager, state.buffers, optimizer)

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.distributed import distributed_c10d as c10d
 
 from mnemosyne_plugin.errors import ConfigError
@@ -24,7 +25,7 @@ def serve_process_groups(is_alone: Callable[[], bool]) -> None:
     for name in ("init_process_group", "new_group"):
         wrapper = _with_our_backend(getattr(c10d, name))
         setattr(c10d, name, wrapper)
-        setattr(__import__("torch").distributed, name, wrapper)
+        setattr(torch.distributed, name, wrapper)
     barrier = c10d._store_based_barrier
 
     @functools.wraps(barrier)
@@ -38,6 +39,13 @@ def serve_process_groups(is_alone: Callable[[], bool]) -> None:
 def group_ids() -> list[int]:
     """Return the identities of all live ProcessGroup objects, oldest first."""
     return [id(group) for group in c10d._world.pg_map]
+
+
+def num_collectives() -> int:
+    """Return how many operations this process has begun on its groups."""
+    cpu = torch.device("cpu")
+    backends: list[Any] = [group._get_backend(cpu) for group in c10d._world.pg_map]
+    return sum(backend._get_sequence_number_for_group() for backend in backends)
 
 
 def our_backend(requested: str | None) -> str | None:

@@ -51,7 +51,14 @@ class Nursery:
             _FD: str(theirs.fileno()),
             _AGENT: str(os.getpid()),
         }
-        command = [sys.executable, "-u", "-m", entry_module]
+        # Without the current folder on the path: whatever lies there is for the script.
+        start = f"""
+import runpy, sys
+if not getattr(sys.flags, "safe_path", False):
+    sys.path.pop(0)
+runpy.run_module({entry_module!r}, run_name="__main__", alter_sys=True)
+"""
+        command = [sys.executable, "-u", "-c", start]
         try:
             process = subprocess.Popen(
                 command, env=env, pass_fds=[theirs.fileno()], start_new_session=True

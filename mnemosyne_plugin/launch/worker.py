@@ -95,10 +95,10 @@ def _take_seat(order: dict[str, Any], seat: dict[str, Any]) -> None:
     os.environ.update(seat["env"])
     args = macros.substitute(order["args"], seat["env"]["LOCAL_RANK"])
     sys.argv = [order["script"], *args]
-    # The nursery was started by `python -m`, so sys.path[0] is the current folder:
-    # right for a module, while a script has its own folder there.
-    if not order["is_module"] and not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = os.path.dirname(os.path.realpath(order["script"]))
+    # As python does: the script's folder comes first, for a module the current one.
+    if not getattr(sys.flags, "safe_path", False):
+        folder = os.path.dirname(os.path.realpath(order["script"]))
+        sys.path.insert(0, os.getcwd() if order["is_module"] else folder)
 
 
 def _run_script(order: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mnemosyne_plugin.errors import MnemosyneError, PeerLost
+from mnemosyne_plugin.launch.board import StoreLost
 from mnemosyne_plugin.launch.nursery import Nursery
 from mnemosyne_plugin.launch.reaper import kill_children, kill_group
 from mnemosyne_plugin.recovery.channel import Channel
@@ -317,7 +318,7 @@ class Workforce:
             except TimeoutError:
                 return
             except MnemosyneError as error:
-                if not isinstance(who, Worker):
+                if not isinstance(who, Worker) or isinstance(error, StoreLost):
                     raise
                 logger.error("worker %d talks nonsense: %s", who.worker_id, error)
                 self._loop.remove_reader(channel)

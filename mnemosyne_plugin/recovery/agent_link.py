@@ -127,7 +127,8 @@ class AgentLink:
                     return
 
     def _report_failure(self) -> None:
-        failure, epoch = self._mesh.failure(), self._mesh.epoch
+        with self._epoch_lock:
+            failure, epoch = self._mesh.failure(), self._mesh.epoch
         if failure is None:  # repaired in the meantime
             return
         self._events.emit("fenced", epoch=epoch, rank=self._rank, reason=str(failure))

@@ -36,7 +36,7 @@ class Report:
     mirrors: Mapping[int, Sequence[int]] = field(default_factory=dict)
     """Ward -> versions of its local state that this rank keeps."""
     mirror_bytes: int = 0
-    """Size of this rank's own packed local state."""
+    """Size of this rank's packed random state."""
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values; the keys of ``mirrors`` become text."""

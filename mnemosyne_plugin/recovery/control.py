@@ -1,5 +1,6 @@
 """The control group: all ranks, for votes, reports and transfers. Never absorbed."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,14 +11,32 @@ from mnemosyne_plugin import ccl
 _TIMEOUT_S = 1800.0  # as c10d's default: set-up of a large model takes minutes
 
 
-class ControlGroup:
-    """Small collectives over all ranks, and point-to-point for ``state``."""
+class Port:
+    """Point-to-point between all ranks, for ``state``."""
 
-    def __init__(self, mesh: ccl.Mesh, world_size: int) -> None:
+    def __init__(
+        self, mesh: ccl.Mesh, world_size: int, name: str, timeout_s: float
+    ) -> None:
         self._world_size = world_size
         self._backend: Any = ccl.create_group(
-            mesh, "mnemosyne", range(world_size), timeout_s=_TIMEOUT_S, absorb=False
+            mesh, name, range(world_size), timeout_s=timeout_s, absorb=False
         )
+
+    def send(self, tensors: list[torch.Tensor], dst: int, tag: int) -> Any:
+        """Start sending; the returned work has ``wait``."""
+        return self._backend.send(tensors, dst, tag)
+
+    def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> Any:
+        """Start receiving; the returned work has ``wait``."""
+        return self._backend.recv(tensors, src, tag)
+
+
+class ControlGroup(Port):
+    """Adds small collectives, and a port for receives that may never be answered."""
+
+    def __init__(self, mesh: ccl.Mesh, world_size: int) -> None:
+        super().__init__(mesh, world_size, "mnemosyne", _TIMEOUT_S)
+        self.standing = Port(mesh, world_size, "mnemosyne-standing", math.inf)
 
     def minimum(self, *values: int) -> list[int]:
         """Return the minimum over all ranks of each value. Collective."""
@@ -42,11 +61,3 @@ class ControlGroup:
         parts = [torch.zeros_like(padded) for _ in range(self._world_size)]
         self._backend.allgather([parts], [padded]).wait()
         return [bytes(p[:n].numpy()) for p, n in zip(parts, sizes, strict=True)]
-
-    def send(self, tensors: list[torch.Tensor], dst: int, tag: int) -> Any:
-        """Start sending; the returned work has ``wait``."""
-        return self._backend.send(tensors, dst, tag)
-
-    def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> Any:
-        """Start receiving; the returned work has ``wait``."""
-        return self._backend.recv(tensors, src, tag)

@@ -109,6 +109,7 @@ class Manager:
         self._position: Position | None = None
         self._rng: RngState | None = None
         self._begin_rng: RngState | None = None
+        self._has_moved_between = False
         self._is_first_step = self._is_newcomer
         ring = (self.rank, self.world_size, _NUM_BUDDIES)
         self._mirrors = Mirrors(buddies(*ring), wards(*ring))
@@ -176,11 +177,12 @@ class Manager:
             self._begin_rng = None
         rng = capture_rng()
         if self._rng is None or not same_rng(rng, self._rng):
+            pack = pickle.dumps(rng)
             if not self._mirrors.is_connected:
-                largest = self._control.maximum(len(self._pack(rng)))
-                self._mirrors.connect(self._control, capacity_for(largest))
+                self._connect_mirrors(self._control.maximum(len(pack)))
+            self._has_moved_between |= self._rng is not None
             self._rng = rng
-            self._mirrors.send_begin(self.version, self._pack(rng))
+            self._mirrors.send_begin(self.version, pack)
         self.mesh.absorb(True)
 
     def commit(self) -> Outcome:
@@ -294,7 +296,9 @@ class Manager:
         decision = decide(reports)
         self._enter(State.RESTORING)
         largest = max(report.mirror_bytes for report in reports)
-        self._restore(decision, capacity_for(largest))
+        self._restore(decision)
+        self._connect_mirrors(largest)
+        self._mirrors.exchange(decision.target)
         self._is_first_step = True
         return decision
 
@@ -306,13 +310,19 @@ class Manager:
             version=self.version,
             has_voted=self._has_voted,
             mirrors=self._mirrors.held(),
-            mirror_bytes=len(self._pack(capture_rng())),
+            mirror_bytes=len(pickle.dumps(capture_rng())),
         )
         blobs = self._control.gather(json.dumps(report.to_json()).encode())
         return [Report.from_json(json.loads(blob)) for blob in blobs]
 
-    def _restore(self, decision: Decision, capacity: int) -> None:
+    def _connect_mirrors(self, largest_pack_bytes: int) -> None:
+        capacity = capacity_for(largest_pack_bytes)
+        self._mirrors.connect(self._control, self._control.standing, capacity)
+
+    def _restore(self, decision: Decision) -> None:
         assert self._training is not None
+        if self.rank in decision.sources:
+            self._training.rewind()
         packs: dict[int, bytes] = {}
         works: list[Any] = []
         for newcomer, source in decision.local_sources.items():
@@ -350,22 +360,35 @@ class Manager:
                 self._take_local(decision.target, *pickle.loads(pair_bytes))
             self.version = decision.target
             self._is_newcomer = False
-        self._mirrors.connect(self._control, capacity)
-        self._mirrors.exchange(decision.target)
 
     def _take_local(self, version: int, after: bytes, begin: bytes) -> None:
         self._mirrors.remember(version, after)
         local = pickle.loads(after)
         restore_rng(local["rng"])
         self._rng = local["rng"]
+        self._has_moved_between = local["has_moved_between"]
         if begin:
-            self._begin_rng = pickle.loads(begin)["rng"]
+            self._begin_rng = pickle.loads(begin)
+        elif self._position is None and not self._has_moved_between:
+            # The script draws nothing between its steps: what this one drew since
+            # (it may seed after `attach`) belongs to its set-up.
+            self._begin_rng = local["rng"]
         if self._position is not None:
             self._position.seek(local["position"], local["rng"])
+        assert self._training is not None
+        self._training.load_local(local["training"])
 
     def _pack(self, rng: RngState) -> bytes:
+        assert self._training is not None
         position = self._position.get() if self._position is not None else None
-        return pickle.dumps({"rng": rng, "position": position})
+        return pickle.dumps(
+            {
+                "rng": rng,
+                "has_moved_between": self._has_moved_between,
+                "position": position,
+                "training": self._training.local(),
+            }
+        )
 
     def _end_setup(self) -> None:
         self._is_setting_up = False

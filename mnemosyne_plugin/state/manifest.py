@@ -37,6 +37,15 @@ class TrainingState(Protocol):
         Raises StateMismatch where the script built something else than its replicas.
         """
 
+    def rewind(self) -> None:
+        """Within a step: undo what its forward has changed in the tensors."""
+
+    def local(self) -> Any:
+        """Return what forward changes and no replica has, as of now. Picklable."""
+
+    def load_local(self, local: Any) -> None:
+        """On a newcomer: take what ``local`` of the lost worker returned."""
+
     def scalars(self) -> dict[str, Any]:
         """Return the rest: counters, learning rates, schedulers. Picklable."""
 

@@ -3,7 +3,7 @@
 A *pack* is the pickled local state of one rank at one version (number of committed
 steps). Each rank sends the pack of the next version to its buddies before it votes, and
 votes only when it holds its wards' packs: so a committed step implies that every
-rank's local state survives the rank. A second pack travels at the begin of a
+rank's local state survives the rank. A smaller pack travels at the begin of a
 step, only if the script moved a generator between two steps.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mnemosyne_plugin.errors import RecoverableError, StateMismatch
-from mnemosyne_plugin.state.transfer import Endpoint
+from mnemosyne_plugin.state.transfer import Endpoint, receive_blob, send_blob
 
 _AFTER_TAG, _BEGIN_TAG = 111, 112
 _HEADER_BYTES = 16  # version and length, little-endian int64 each
@@ -39,15 +39,17 @@ class Mirrors:
         """Whether the ranks have agreed on a capacity."""
         return self._capacity > 0
 
-    def connect(self, endpoint: Endpoint, capacity: int) -> None:
-        """Use ``endpoint`` from now on. Every rank must pass the same ``capacity``.
+    def connect(self, endpoint: Endpoint, standing: Endpoint, capacity: int) -> None:
+        """Use these endpoints from now on. Every rank must pass the same ``capacity``.
 
+        standing: for receives that may never be answered, so without a deadline.
         Called in every new epoch, because receives of the old one are cancelled.
         """
         self._endpoint = endpoint
+        self._standing = standing
         self._capacity = capacity
         self._sends = []
-        self._pending = {ward: self._receive(ward, _BEGIN_TAG) for ward in self._wards}
+        self._pending = {ward: self._receive_begin(ward) for ward in self._wards}
         if self._own_begin[1]:
             self.send_begin(*self._own_begin)
 
@@ -61,20 +63,23 @@ class Mirrors:
 
         A rank without such a pack (nothing is committed yet) sends an empty one.
         """
-        pack = self._own.get(version, b"")
-        works = self._send(version, pack, _AFTER_TAG)
-        receives = {ward: self._receive(ward, _AFTER_TAG) for ward in self._wards}
-        for ward, (buffer, work) in receives.items():
-            work.wait()
-            self._keep(self._after[ward], buffer)
-        for work in [*works, *self._sends]:
-            work.wait()
+        content = version.to_bytes(8, "little") + self._own.get(version, b"")
+        works = self._sends
         self._sends = []
+        for buddy in self._buddies:
+            works += send_blob(self._endpoint, content, buddy, _AFTER_TAG)
+        for ward in self._wards:
+            blob = receive_blob(self._endpoint, ward, _AFTER_TAG)
+            if blob[8:]:
+                self._after[ward][int.from_bytes(blob[:8], "little")] = blob[8:]
+                _forget(self._after[ward])
+        for work in works:
+            work.wait()
 
     def send_begin(self, version: int, pack: bytes) -> None:
         """Start sending the pack of the begin of a step; nobody waits for it."""
         self._own_begin = (version, pack)
-        self._sends += self._send(version, pack, _BEGIN_TAG)
+        self._sends += self._send_begin(version, pack)
 
     def collect(self) -> None:
         """Take in the begin packs that have arrived."""
@@ -84,8 +89,8 @@ class Mirrors:
                     work.wait()
                 except RecoverableError:
                     break  # cancelled; `connect` asks again
-                self._keep(self._begin[ward], buffer)
-                buffer, work = self._pending[ward] = self._receive(ward, _BEGIN_TAG)
+                self._keep_begin(ward, buffer)
+                buffer, work = self._pending[ward] = self._receive_begin(ward)
 
     def held(self) -> dict[int, tuple[int, ...]]:
         """Return ward -> versions whose pack this rank holds."""
@@ -96,10 +101,10 @@ class Mirrors:
         after, begin = self._after[ward], self._begin[ward]
         return after.get(version, b""), begin.get(version, b"")
 
-    def _send(self, version: int, pack: bytes, tag: int) -> list[Any]:
+    def _send_begin(self, version: int, pack: bytes) -> list[Any]:
         if len(pack) > self._capacity - _HEADER_BYTES:
             raise StateMismatch(
-                f"local state grew to {len(pack)} bytes, its buddies expect at most "
+                f"random state grew to {len(pack)} bytes, its buddies expect at most "
                 f"{self._capacity - _HEADER_BYTES}",
                 key="local",
             )
@@ -107,19 +112,18 @@ class Mirrors:
         buffer = torch.zeros(self._capacity, dtype=torch.uint8)
         content = torch.frombuffer(bytearray(header + pack), dtype=torch.uint8)
         buffer[: len(content)] = content
-        return [self._endpoint.send([buffer], buddy, tag) for buddy in self._buddies]
+        return [self._standing.send([buffer], to, _BEGIN_TAG) for to in self._buddies]
 
-    def _receive(self, ward: int, tag: int) -> tuple[torch.Tensor, Any]:
+    def _receive_begin(self, ward: int) -> tuple[torch.Tensor, Any]:
         buffer = torch.empty(self._capacity, dtype=torch.uint8)
-        return buffer, self._endpoint.recv([buffer], ward, tag)
+        return buffer, self._standing.recv([buffer], ward, _BEGIN_TAG)
 
-    def _keep(self, packs: dict[int, bytes], buffer: torch.Tensor) -> None:
+    def _keep_begin(self, ward: int, buffer: torch.Tensor) -> None:
         content = bytes(buffer.numpy())
         version = int.from_bytes(content[:8], "little")
         length = int.from_bytes(content[8:_HEADER_BYTES], "little")
-        if length:
-            packs[version] = content[_HEADER_BYTES : _HEADER_BYTES + length]
-            _forget(packs)
+        self._begin[ward][version] = content[_HEADER_BYTES : _HEADER_BYTES + length]
+        _forget(self._begin[ward])
 
 
 def capacity_for(largest_pack_bytes: int) -> int:

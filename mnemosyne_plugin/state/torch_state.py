@@ -115,17 +115,20 @@ def check_manifest(
 
 
 class Buffers:
-    """Remembers the buffers that forward mutates, such as BatchNorm statistics.
+    """The buffers that forward mutates, such as BatchNorm statistics.
 
-    All of them are copied at each step: the version counter does not tell which moved
-    (torch's batch norm changes its statistics without it).
+    They differ between ranks, so they are local state. All buffers are copied at each
+    step: the version counter does not tell which moved (torch's batch norm changes
+    its statistics without it).
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
-        self._copies: dict[str, torch.Tensor] = {}
+        self._copies: Tensors = {}
+        self._mutable: set[str] = set()
+        self._is_in_step = False
 
-    def remember(self) -> None:
+    def begin(self) -> None:
         """Note the contents now, before the step's first forward."""
         for name, buffer in self._module.named_buffers():
             copy = self._copies.get(name)
@@ -133,12 +136,36 @@ class Buffers:
                 self._copies[name] = buffer.detach().clone()
             else:
                 copy.copy_(buffer)
+        self._is_in_step = True
 
-    def restore(self) -> None:
-        """Put back the contents noted last."""
+    def rewind(self) -> None:
+        """Within a step: put back the contents at its begin."""
+        if self._is_in_step:
+            self.load(self._copies)
+
+    def end(self) -> None:
+        """End the step; nothing is to be put back any more."""
+        self._is_in_step = False
+
+    def local(self) -> Tensors:
+        """Return copies of the buffers that a step has been seen to mutate."""
+        buffers = dict(self._module.named_buffers())
+        for name in buffers.keys() - self._mutable:
+            if not torch.equal(buffers[name], self._copies[name]):
+                self._mutable.add(name)
+        return {name: buffers[name].detach().clone() for name in sorted(self._mutable)}
+
+    def load(self, contents: Tensors) -> None:
+        """Copy ``contents`` into the buffers of these names."""
         with torch.no_grad():
             for name, buffer in self._module.named_buffers():
-                buffer.copy_(self._copies[name])
+                if name in contents:
+                    buffer.copy_(contents[name])
+
+    def load_local(self, contents: Tensors) -> None:
+        """On a newcomer: take what ``local`` of the lost worker returned."""
+        self.load(contents)
+        self._mutable.update(contents)
 
 
 def _parameters(

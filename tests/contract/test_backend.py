@@ -1,14 +1,17 @@
 """One suite, several implementations: gloo is the oracle, we are the candidate."""
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from cases import CASES
+from cases import CASES, values
 from world import Worker, World
 
 TRANSPORTS = ("auto", "tcp")
@@ -51,12 +54,138 @@ def test_a_collective_gives_what_gloo_gives(world: World, name: str) -> None:
     world.run(compare, name)
 
 
+def counters(worker: Worker) -> dict[str, int]:
+    return worker.mesh.counters()
+
+
 def test_links_are_of_the_kind_that_was_asked_for(world: World) -> None:
-    counters = world.run(lambda_counters)
-    for one in counters:
+    for one in world.run(counters):
         assert one["links_open"] == SIZE - 1
         assert one["links_shm"] == (SIZE - 1 if world.transport == "auto" else 0)
+        assert one["handshakes_refused"] == one["failures"] == 0
 
 
-def lambda_counters(worker: Worker) -> dict[str, int]:
-    return worker.mesh.counters()
+def beyond_gloo(worker: Worker) -> None:
+    """What gloo does not take: more types, averages, strides, uneven shares."""
+    pg, rank, size = worker.kept["mnemosyne"], worker.rank, worker.size
+    for dtype in (torch.bool, torch.int16, torch.complex64, torch.complex128):
+        tensor = values(1000, rank, dtype)
+        outputs = [torch.empty_like(tensor) for _ in range(size)]
+        dist.all_gather(outputs, tensor, group=pg)
+        for source, output in enumerate(outputs):
+            assert torch.equal(output, values(1000, source, dtype))
+        dist.all_reduce(tensor, group=pg)
+        shares = [values(1000, source, dtype) for source in range(size)]
+        want = torch.stack(shares)
+        want = want.any(0) if dtype == torch.bool else want.sum(0).to(dtype)
+        assert torch.equal(tensor, want)
+    for numel in (10, 100_000):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.complex64):
+            tensor = torch.full((numel,), 2.0 * rank, dtype=dtype)
+            dist.all_reduce(tensor, dist.ReduceOp.AVG, group=pg)
+            assert torch.equal(tensor, torch.full((numel,), 3.0, dtype=dtype))
+        whole = torch.full((numel * size,), 2.0 * rank)
+        own = whole[rank * numel : (rank + 1) * numel]
+        dist.reduce_scatter_tensor(own, whole, dist.ReduceOp.AVG, group=pg)
+        assert torch.equal(own, torch.full((numel,), 3.0))
+
+    strided = values(600, rank).reshape(20, 30).t()
+    dist.all_reduce(strided, group=pg)
+    want = sum(values(600, source) for source in range(size)).reshape(20, 30).t()
+    assert torch.equal(strided, want)
+    columns = torch.zeros(7, 2 * size)
+    dist.all_gather([columns[:, n] for n in range(size)], columns[:, 0] + rank, pg)
+    assert torch.equal(columns[3, :size], torch.arange(size).float())
+    shares = [torch.empty(source * 5000) for source in range(size)]
+    dist.all_gather(shares, torch.full((rank * 5000,), float(rank)), group=pg)
+    for source, share in enumerate(shares):
+        assert bool((share == source).all())
+
+
+def test_more_than_gloo_can_do(world: World) -> None:
+    world.run(beyond_gloo)
+
+
+def misuse(worker: Worker) -> None:
+    """The user's mistakes are told at once, and disturb no later operation."""
+    pg, size = worker.kept["mnemosyne"], worker.size
+    one = torch.ones(3)
+    complex_one = torch.ones(3, dtype=torch.complex64)
+    wrong: list[tuple[Any, ...]] = [
+        (pg.allreduce, [one, one]),
+        (pg.allreduce, [one.to_sparse()]),
+        (dist.all_reduce, one, dist.ReduceOp.BAND, pg),
+        (dist.all_reduce, complex_one, dist.ReduceOp.MAX, pg),
+        (pg.broadcast, one, size),
+        (pg.broadcast, one, -1),
+        (pg.send, [one], worker.rank, 0),
+        (pg.send, [one], size, 0),
+        (pg._allgather_base, torch.empty(5), one),
+        (pg._reduce_scatter_base, one, torch.empty(5)),
+        (pg.allgather, [[one] * (size - 1)], [one]),
+        (pg.gather, [], [one], dist.GatherOptions()) if worker.rank == 0 else (),
+    ]
+    for function, *args in filter(None, wrong):
+        with pytest.raises((ValueError, TypeError)):
+            function(*args)
+    dist.barrier(group=pg)
+
+
+def test_mistakes_are_told_at_submission(world: World) -> None:
+    world.run(misuse)
+
+
+def coalesce(worker: Worker) -> None:
+    pg = worker.kept["mnemosyne"]
+    tensors = [values(numel, worker.rank) for numel in (10, 70_000)]
+    with dist._coalescing_manager(pg, torch.device("cpu"), async_ops=True) as manager:
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=pg)
+    manager.wait()
+    for tensor in tensors:
+        shares = [values(tensor.numel(), source) for source in range(worker.size)]
+        assert torch.equal(tensor, torch.stack(shares).sum(0))
+
+
+def test_collectives_can_be_coalesced(world: World) -> None:
+    world.run(coalesce)
+
+
+def numbers(worker: Worker) -> list[int]:
+    backend = worker.kept["mnemosyne"]._get_backend(torch.device("cpu"))
+    seen = []
+    for _ in range(3):
+        backend.barrier().wait()
+        seen.append(backend._get_sequence_number_for_group())
+    return seen
+
+
+def test_sequence_numbers_grow_alike_on_all_ranks(world: World) -> None:
+    [first, *others] = world.run(numbers)
+    assert first == sorted(set(first))
+    assert all(other == first for other in others)
+
+
+EXIT_SCRIPT = """
+import sys
+import torch
+from mnemosyne_plugin.ccl import Mesh, create_group
+
+mesh = Mesh(worker_id=1, secret=b"x")
+mesh.reconfigure(1, 0, [(1, mesh.address), (2, mesh.address[:-1] + "1")])
+group = create_group(mesh, "g", [0, 1], 1000.0)
+tensors = [torch.ones(1_000_000) for _ in range(3)]
+works = [group.allreduce([tensor]) for tensor in tensors]
+future = works[0].get_future().then(lambda f: f.value()[0].sum())
+if sys.argv[1] == "drop":
+    del works, tensors, future, mesh, group
+if sys.argv[1] == "exit":
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("how", ["keep", "drop", "exit"])
+def test_a_process_can_end_with_operations_in_flight(how: str) -> None:
+    command = [sys.executable, "-c", EXIT_SCRIPT, how]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=40)
+    assert ended.returncode == (3 if how == "exit" else 0), ended.stderr

@@ -22,8 +22,22 @@ SIZE = 4
 PROMPT_S = 5.0
 
 
+@pytest.fixture(scope="module", params=["auto", "tcp"])
+def shared(request: pytest.FixtureRequest) -> Iterator[World]:
+    with World(SIZE, request.param) as world:
+        yield world
+
+
+@pytest.fixture
+def world(shared: World) -> World:
+    """All ranks alive and linked to each other; the same processes for most tests."""
+    shared.heal()
+    shared.run(connect)
+    return shared
+
+
 @pytest.fixture(params=["auto", "tcp"])
-def world(request: pytest.FixtureRequest) -> Iterator[World]:
+def fresh_world(request: pytest.FixtureRequest) -> Iterator[World]:
     with World(SIZE, request.param) as world:
         yield world
 
@@ -74,7 +88,6 @@ def test_a_killed_worker_is_replaced_under_the_same_groups(
     world: World, numel: int
 ) -> None:
     """Survivors are told at once, and replace one link each."""
-    world.run(connect)
     before = world.run(identity)
     for victim in (2, 0):
         survivors = [rank for rank in range(SIZE) if rank != victim]
@@ -108,7 +121,10 @@ def exchange(worker: Worker, peer: int) -> None:
         worker.group().recv([tensor], peer, 0).wait()
 
 
-def test_only_links_that_touched_the_dead_worker_are_replaced(world: World) -> None:
+def test_only_links_that_touched_the_dead_worker_are_replaced(
+    fresh_world: World,
+) -> None:
+    world = fresh_world
     world.start(exchange, 3, ranks=[1])
     world.start(exchange, 1, ranks=[3])
     world.results([1, 3])
@@ -123,12 +139,12 @@ def test_only_links_that_touched_the_dead_worker_are_replaced(world: World) -> N
 
 
 def test_a_new_epoch_without_a_death_keeps_all_links(world: World) -> None:
-    world.run(connect)
+    before = [one["links_opened"] for one in world.run(counters)]
     for _ in range(20):
         assert world.seat() == [0] * SIZE
         assert world.run(all_reduce, 100_000) == [10.0] * SIZE
-    for one in world.run(counters):
-        assert one["links_opened"] == SIZE - 1
+    after = [one["links_opened"] for one in world.run(counters)]
+    assert after == before
 
 
 def wait_alone(worker: Worker, numel: int) -> tuple[str, int]:
@@ -144,7 +160,6 @@ def wait_alone(worker: Worker, numel: int) -> tuple[str, int]:
 def test_half_a_collective_is_dropped_when_the_epoch_ends(
     world: World, numel: int
 ) -> None:
-    world.run(connect)
     members = world._members
     waiting = [0, 1, 2]
     world.start(wait_alone, numel, ranks=waiting)
@@ -238,7 +253,6 @@ def disagree(worker: Worker, what: str) -> str:
 
 @pytest.mark.parametrize("what", ["short", "long", "kind", "op"])
 def test_ranks_that_disagree_are_told_so(world: World, what: str) -> None:
-    world.run(connect)
     ranks = [0, 1]  # rank 2 and 3 would wait for them
     assert "CollectiveMismatch" in world.run(disagree, what, ranks=ranks)
     world.seat()
@@ -276,7 +290,6 @@ def absorbing(worker: Worker) -> list[bool]:
 
 def test_absorbed_failures_leave_finite_values(world: World) -> None:
     survivors = [0, 1, 3]
-    world.run(connect)
     world.start(absorbing, ranks=range(SIZE))
     world.kill(2)
     assert world.results(survivors) == [[True] * 4] * 3
@@ -388,7 +401,6 @@ def kill_child(worker: Worker) -> None:
 
 
 def test_a_forked_child_neither_uses_nor_keeps_alive_a_mesh(world: World) -> None:
-    world.run(connect)
     assert world.run(fork) == [["this mesh", "this mesh"]] * SIZE
     assert world.run(all_reduce, 100_000) == [10.0] * SIZE
     # The child of the victim lives on; its parent's death must be seen all the same.
@@ -414,13 +426,13 @@ def leave(worker: Worker) -> None:
 def test_who_leaves_in_good_order_is_missed_only_by_those_who_need_it(
     world: World,
 ) -> None:
-    world.run(connect)
     world.run(leave)
     for pair in ((0, 2), (0, 3), (2, 3)):
         world.start(exchange, pair[1], ranks=[pair[0]])
         world.start(exchange, pair[0], ranks=[pair[1]])
         world.results(pair)
     assert world.run(needs_rank_1, ranks=[0, 2, 3]) == [1] * 3
+    world.kill(1)
 
 
 def needs_rank_1(worker: Worker) -> int:

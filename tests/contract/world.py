@@ -18,9 +18,10 @@ from mnemosyne_plugin.ccl import Mesh, create_group, register
 SECRET = b"a secret of the tests"
 CALL_TIMEOUT_S = 45.0
 
-# Forks from a process that has imported torch already: a worker takes milliseconds.
+# Forks from a process that has imported torch already, and what DDP imports at its
+# first use: a worker takes milliseconds.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "world"])
+_context.set_forkserver_preload(["torch._dynamo", "world"])
 
 
 @dataclass
@@ -135,6 +136,13 @@ class World:
                 one.append(item)
         self._members[rank] = (self._next_id, self._reply(rank))
         self._next_id += 1
+
+    def heal(self) -> None:
+        """Replace those who died, and move on."""
+        for rank, process in enumerate(self._processes):
+            if not process.is_alive():
+                self.replace(rank)
+        self.seat()
 
     def seat(self) -> list[int]:
         """Move all to the next epoch; return how many links each has replaced."""

@@ -45,6 +45,8 @@ def test_a_chaos_spec_is_parsed() -> None:
         "kill rank=1 step=1 phase=lunch",
         "kill rank=1 step=1 phase=vote colour=red",
         "kill rank",
+        "kill rank=-1 step=1 phase=vote",
+        "kill rank=1 step=1 phase=vote delay_ms=nan",
     ],
 )
 def test_a_wrong_chaos_spec_is_a_config_error(spec: str) -> None:

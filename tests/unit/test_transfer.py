@@ -96,6 +96,15 @@ class Toy:
         check_manifest(tensors, manifest)
         return {entry.key: tensors[entry.key] for entry in manifest}
 
+    def rewind(self) -> None:
+        pass
+
+    def local(self) -> Any:
+        return None
+
+    def load_local(self, local: Any) -> None:
+        pass
+
     def scalars(self) -> dict[str, Any]:
         return optimizer_scalars(self.optimizer)
 
@@ -136,7 +145,7 @@ def test_buddies_hold_the_packs_of_the_last_two_versions() -> None:
     wire = Wire()
     ranks = [Mirrors([1 - rank], [1 - rank]) for rank in range(2)]
     for rank, mirrors in enumerate(ranks):
-        mirrors.connect(Port(wire, rank), capacity_for(100))
+        mirrors.connect(Port(wire, rank), Port(wire, rank), capacity_for(100))
     for version in (1, 2, 3):
         for rank, mirrors in enumerate(ranks):
             mirrors.remember(version, f"after {version} of {rank}".encode())
@@ -155,7 +164,7 @@ def test_buddies_hold_the_packs_of_the_last_two_versions() -> None:
 
 def test_local_state_that_outgrows_its_message_is_an_error() -> None:
     mirrors = Mirrors([1], [])
-    mirrors.connect(Port(Wire(), 0), capacity_for(10))
+    mirrors.connect(Port(Wire(), 0), Port(Wire(), 0), capacity_for(10))
     with pytest.raises(StateMismatch):
         mirrors.send_begin(1, bytes(5000))
 
@@ -163,10 +172,23 @@ def test_local_state_that_outgrows_its_message_is_an_error() -> None:
 def test_buffers_come_back_as_they_were_before_the_step() -> None:
     toy = Toy(1)
     buffers = Buffers(toy.model)
-    buffers.remember()
+    buffers.begin()
     before = {k: v.clone() for k, v in toy.model.named_buffers()}
     toy.model(torch.randn(4, 5))
     assert not torch.equal(before["1.running_mean"], toy.model[1].running_mean)
-    buffers.restore()
+    assert buffers.local().keys() == before.keys()
+    buffers.rewind()
     for key, value in toy.model.named_buffers():
         assert torch.equal(before[key], value), key
+
+
+def test_a_newcomer_takes_the_buffers_of_the_lost_worker_not_of_a_replica() -> None:
+    lost, newcomer = Toy(1), Toy(2)
+    buffers = Buffers(lost.model)
+    buffers.begin()
+    lost.model(torch.randn(4, 5))
+    Buffers(newcomer.model).load_local(buffers.local())
+    for theirs, ours in zip(
+        lost.model.buffers(), newcomer.model.buffers(), strict=True
+    ):
+        assert torch.equal(theirs, ours)

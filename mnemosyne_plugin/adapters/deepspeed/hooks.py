@@ -16,11 +16,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from mnemosyne_plugin.adapters.deepspeed.state import EngineState
-from mnemosyne_plugin.errors import ConfigError, StateMismatch
+from mnemosyne_plugin.ccl.intercept import num_collectives
+from mnemosyne_plugin.errors import ConfigError, FatalError, StateMismatch
 from mnemosyne_plugin.recovery.commit import Outcome
 from mnemosyne_plugin.recovery.manager import Manager
 from mnemosyne_plugin.state.rng import RngState, capture_rng, restore_rng
-from mnemosyne_plugin.state.torch_state import Buffers
 
 # Name of each engine method that is wrapped or called, and its parameters.
 _TARGETS = {
@@ -87,7 +87,8 @@ class EngineHooks:
         self._engine = engine
         self._state = state
         self._manager = manager
-        self._buffers = Buffers(engine.module)
+        self._num_collectives = -1
+        self._is_foreign = False
         self._micro_batches: list[_MicroBatch] = []
         self._is_committed = False
 
@@ -113,16 +114,26 @@ class EngineHooks:
             return self._forward(*args, **kwargs)
         if not self._micro_batches:
             self._manager.begin()
-            self._buffers.remember()
+            self._state.buffers.begin()
+            self._num_collectives = -1
+            self._is_foreign = False
+        self._look_for_foreign_collectives()
         self._manager.phase("forward")
         micro_batch = _MicroBatch(args, kwargs, _versions(args, kwargs), capture_rng())
         self._micro_batches.append(micro_batch)
         output = self._forward(*args, **kwargs)
         micro_batch.keep_gradients(output)
+        self._num_collectives = num_collectives()
         return output
+
+    def _look_for_foreign_collectives(self) -> None:
+        """Note whether the script has communicated since the engine last did."""
+        if self._num_collectives not in (-1, num_collectives()):
+            self._is_foreign = True
 
     def take_model_step(self, lr_kwargs: Any = None) -> None:
         """In place of engine._take_model_step: commits, then lets the engine mutate."""
+        self._look_for_foreign_collectives()
         mark = self._state.mark()
         while True:
             self._is_committed = False
@@ -135,6 +146,7 @@ class EngineHooks:
                 self._state.undo(mark)
                 self._redo()
         self._micro_batches.clear()
+        self._state.buffers.end()
         self._manager.end()
 
     def _commit(self, *_: Any) -> None:
@@ -143,10 +155,16 @@ class EngineHooks:
         self._is_committed = True
 
     def _redo(self) -> None:
+        if self._is_foreign:
+            raise FatalError(
+                "a worker was lost in a step in which the script itself communicates "
+                "(between the engine's forward, backward and step): such a step cannot "
+                "be run again yet; restart from your last checkpoint"
+            )
         engine = self._engine
         rng_at_step = capture_rng()
         engine.zero_grad()
-        self._buffers.restore()
+        self._state.rewind()
         self._manager.mesh.absorb(True)
         first_micro_step = engine.micro_steps - len(self._micro_batches) + 1
         for number, micro_batch in enumerate(self._micro_batches):
@@ -188,7 +206,11 @@ class EngineHooks:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if only_if():
                 self._manager.phase(phase)
-            return method(*args, **kwargs)
+            if phase == "backward":
+                self._look_for_foreign_collectives()
+            result = method(*args, **kwargs)
+            self._num_collectives = num_collectives()
+            return result
 
         return wrapper
 

@@ -8,6 +8,7 @@ import torch
 from mnemosyne_plugin.errors import ConfigError
 from mnemosyne_plugin.state.manifest import Entry
 from mnemosyne_plugin.state.torch_state import (
+    Buffers,
     Tensors,
     allocate_optimizer,
     check_manifest,
@@ -29,6 +30,10 @@ class EngineState:
         # A bf16 engine wraps the torch optimizer, which then owns fp32 copies.
         self._wrapper = engine.optimizer
         self.optimizer = torch_optimizer(engine)
+        self.buffers = Buffers(engine.module)
+        self.rewind = self.buffers.rewind
+        self.local = self.buffers.local
+        self.load_local = self.buffers.load_local
 
     def tensors(self) -> Tensors:
         tensors = module_tensors(self._engine.module)
