@@ -76,6 +76,9 @@ class ShmLink final : public Link {
   }
 
   void flush() override {
+    // Two idle sides that rang without a cause would wake each other for ever.
+    if (written_ == flushed_) return;
+    flushed_ = written_;
     if (out_->reader_waits.load() != 0 && out_->reader_waits.exchange(0) != 0)
       ringBell();
   }
@@ -158,6 +161,7 @@ class ShmLink final : public Link {
   SharedMemory memory_;
   Ring* out_;
   Ring* in_;
+  uint64_t flushed_ = 0;
   uint64_t written_ = 0;  // our own copies: the peer can write to the rings too
   uint64_t read_ = 0;
   bool hung_up_ = false;

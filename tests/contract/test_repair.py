@@ -344,7 +344,7 @@ def record(worker: Worker) -> tuple[list[float], bytes]:
 
 
 def replay_badly(worker: Worker, log: bytes) -> None:
-    for damaged in (b"", log[:-1], log[:30], log.replace(b"pair", b"pear", 1)):
+    for damaged in (b"x", log[:-1], log[:30], log.replace(b"pair", b"pear", 1)):
         with pytest.raises(ValueError):
             worker.mesh.start_replay(damaged)
     worker.mesh.start_replay(log)

@@ -1,6 +1,7 @@
 // docs/design.md, "Fence" and "Failures latch".
 #include <poll.h>
 
+#include <atomic>
 #include <random>
 #include <thread>
 
@@ -135,6 +136,55 @@ TEST(a_fence_from_outside_cancels_all_until_the_next_epoch) {
     EXPECT(endsWith<PeerLost>(world.barrier(groups[0])));
     world.seat();
     world.checkAllReduce(groups, 1000);
+  });
+}
+
+// Every operation ends, whatever other threads do to the meshes meanwhile.
+TEST(fences_epochs_and_operations_may_come_from_any_thread) {
+  forBothTransports([](bool use_shm) {
+    World world(3, use_shm);
+    std::atomic<bool> stop{false};
+    std::atomic<int> ended{0};
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < 3; ++rank) {
+      for (int n = 0; n < 2; ++n) {
+        threads.emplace_back([&, rank, n] {
+          std::mt19937 random(rank * 2 + n);
+          auto group = world.group(rank, "group " + std::to_string(n));
+          while (!stop) {
+            std::vector<TestOperation::Ptr> ops;
+            for (int i = 0; i < 3; ++i)
+              ops.push_back(world.allReduce(group, random() % 50'000));
+            for (auto& op : ops) {
+              try {
+                op->wait();
+              } catch (const Error&) {
+              }
+              ++ended;
+            }
+          }
+        });
+      }
+    }
+    std::mt19937 random(9);
+    for (int round = 0; round < 100; ++round) {
+      Mesh& mesh = *world.meshes[random() % 3];
+      if (random() % 3 == 0)
+        mesh.fence("chaos", static_cast<int>(random() % 3));
+      if (random() % 3 == 0) mesh.absorb(random() % 2 == 0);
+      if (random() % 3 == 0) mesh.startRecording();
+      (void)mesh.failure();
+      const int before = ended;
+      world.seat();
+      waitUntil([&] { return ended > before; });
+    }
+    stop = true;
+    // Operations that wait for a rank whose thread has ended already.
+    for (auto& mesh : world.meshes) mesh->fence("the end", -1);
+    for (auto& thread : threads) thread.join();
+    world.seat();
+    auto groups = world.groups();
+    world.checkAllReduce(groups, 100'000);
   });
 }
 

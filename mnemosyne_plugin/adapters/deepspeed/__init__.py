@@ -3,11 +3,15 @@
 import functools
 import importlib
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from mnemosyne_plugin import recovery
 from mnemosyne_plugin.config import Config
 from mnemosyne_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mnemosyne_plugin.recovery.manager import Manager
 
 
 def hook(engine_module: Any) -> None:
@@ -24,9 +28,10 @@ def hook(engine_module: Any) -> None:
 
     @functools.wraps(initialize)
     def wrapper(engine: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(kwargs.get("config"), dict) and _is_enabled(kwargs["config"]):
+            _manager()  # refuse before the engine is built
         initialize(engine, *args, **kwargs)
-        section = (engine.config or {}).get("mnemosyne")
-        if section is not None and Config.from_section(section).enabled:
+        if _is_enabled(engine.config or {}):
             attach(engine)
 
     engine_class.__init__ = wrapper
@@ -52,13 +57,7 @@ def attach(engine: Any) -> None:
     process was not started by `mnemosyne run`, or the engine is of a kind that is not
     protected yet.
     """
-    manager = recovery.current()
-    if manager is None:
-        raise ConfigError(
-            "ds_config has a 'mnemosyne' section, but this process was not started by "
-            "`mnemosyne run`: a launcher that kills all workers when one dies leaves "
-            "nothing to recover; use `mnemosyne run`, or set mnemosyne.enabled to false"
-        )
+    manager = _manager()
     # Imported here, so that a process that only imports deepspeed does not pay for it.
     from mnemosyne_plugin.adapters.deepspeed.hooks import EngineHooks, check_targets
     from mnemosyne_plugin.adapters.deepspeed.loader import PositionedLoader
@@ -75,6 +74,22 @@ def attach(engine: Any) -> None:
     state = EngineState(engine)
     manager.attach(state, position)
     EngineHooks(engine, state, manager).install()
+
+
+def _is_enabled(config: Mapping[str, Any]) -> bool:
+    section = config.get("mnemosyne")
+    return section is not None and Config.from_section(section).enabled
+
+
+def _manager() -> "Manager":
+    manager = recovery.current()
+    if manager is None:
+        raise ConfigError(
+            "ds_config has a 'mnemosyne' section, but this process was not started by "
+            "`mnemosyne run`: a launcher that kills all workers when one dies leaves "
+            "nothing to recover; use `mnemosyne run`, or set mnemosyne.enabled to false"
+        )
+    return manager
 
 
 def _summary(world_size: int, has_loader: bool) -> str:
