@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -25,12 +26,24 @@ def tool(name: str) -> str:
     return found
 
 
+def build_folder() -> Path:
+    """Return one folder per environment, so that none spoils another's work.
+
+    An isolated build has a torch of its own in a folder that is never the same.
+    """
+    home = os.path.dirname(torch.__file__)
+    is_isolated = not Path(home).is_relative_to(sys.prefix)
+    key = "isolated" if is_isolated else sha256(home.encode()).hexdigest()[:8]
+    name = f"{sys.implementation.cache_tag}-torch{TORCH_VERSION}-{key}"
+    return ROOT / "build" / name
+
+
 class CMakeBuild(build_ext):
     """Runs CMake in a stable folder, so that a second build finds its work done."""
 
     def build_extension(self, ext: Extension) -> None:
         """Build the native module and copy it to where setuptools wants it."""
-        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{TORCH_VERSION}"
+        folder = build_folder()
         settings = {
             "CMAKE_BUILD_TYPE": "RelWithDebInfo",
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
@@ -49,20 +62,14 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(folder), "-j", jobs], check=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        # A running process may have the old module mapped: replace it, never
-        # overwrite its bytes.
-        fresh = target.with_suffix(".new")
-        shutil.copy2(folder / target.name, fresh)
-        fresh.replace(target)
+        shutil.copy2(folder / target.name, target)
 
 
 setup(
     name="mnemosyne-plugin",
     version="0.1.0",
     description="Error recovery for LLM training without restarts and checkpoints",
-    long_description=(ROOT / "README.md").read_text()
-    if (ROOT / "README.md").exists()
-    else "",
+    long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -72,7 +79,15 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     install_requires=[f"torch=={TORCH_VERSION}"],
     extras_require={
-        "dev": ["clang-format", "mypy", "ninja", "pytest", "pytest-timeout", "ruff"],
+        "dev": [
+            "clang-format",
+            "cmake",
+            "mypy",
+            "ninja",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+        ],
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     },
     entry_points={

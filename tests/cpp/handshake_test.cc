@@ -251,6 +251,9 @@ TEST(a_broken_link_is_replaced_in_the_next_epoch) {
   const auto replaced = world.seat();
   EXPECT_EQ(replaced[0], 1);
   EXPECT_EQ(replaced[1], 1);
+  // Rank 0 still took the impostor for rank 1, until it read that it had gone.
+  EXPECT(endsWith<PeerLost>(world.recv(groups[0], 1, 0, 1)));
+  world.seat();
   checkUndisturbed(world, groups);
 }
 
