@@ -180,6 +180,8 @@ def preload(modules: Iterable[str]) -> str | None:
                 return name
         return None
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         for fd, old in zip((1, 2), saved, strict=True):
             os.dup2(old, fd)
             os.close(old)

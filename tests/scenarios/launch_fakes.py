@@ -95,7 +95,9 @@ def launch() -> None:
     run = cli._import_launcher()
     logging.basicConfig(level=logging.INFO, format="mnemosyne: %(message)s")
     args = run.get_parser().parse_args(sys.argv[1:])
-    os._exit(run.run(args, entry_module=__name__))
+    exit_code = run.run(args, entry_module=__name__)
+    sys.stdout.flush()
+    os._exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -302,7 +302,8 @@ def test_a_kill_in_set_up_restarts_the_job(launch: Launch) -> None:
     source = """
         import os, signal
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-        print("attempt", attempt, os.environ["MASTER_PORT"], flush=True)
+        # One write, so that the lines of two ranks do not mix.
+        os.write(1, f"attempt {attempt} {os.environ['MASTER_PORT']}\n".encode())
         if attempt == "0" and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
     """
