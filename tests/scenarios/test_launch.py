@@ -32,7 +32,8 @@ SHOW_ENV = f"""
 import json, os
 names = {OURS} + ["MASTER_PORT", "TORCHELASTIC_ERROR_FILE"]
 assert os.environ["TORCHELASTIC_RUN_ID"]
-print(json.dumps({{name: os.environ.get(name) for name in names}}), flush=True)
+line = json.dumps({{name: os.environ.get(name) for name in names}})
+os.write(1, f"{{line}}\\n".encode())  # one write, so that lines do not mix
 """
 
 TRAIN = """
@@ -303,7 +304,7 @@ def test_a_kill_in_set_up_restarts_the_job(launch: Launch) -> None:
         import os, signal
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
         # One write, so that the lines of two ranks do not mix.
-        os.write(1, f"attempt {attempt} {os.environ['MASTER_PORT']}\n".encode())
+        os.write(1, f"attempt {attempt} {os.environ['MASTER_PORT']}\\n".encode())
         if attempt == "0" and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
     """
