@@ -214,11 +214,12 @@ void BackendWork::setResult(std::vector<std::vector<at::Tensor>> lists) {
   results_ = std::move(lists);
 }
 
-void BackendWork::submitTo(Mesh& mesh, uint64_t number) {
+void BackendWork::submitTo(const std::shared_ptr<Mesh>& mesh, uint64_t number) {
   number_ = number;
+  engine_ = mesh;
   self_ = c10::intrusive_ptr<BackendWork>::reclaim_copy(this);
   try {
-    mesh.submit(this);
+    mesh->submit(this);
   } catch (...) {
     self_.reset();
     throw;
@@ -248,6 +249,7 @@ void BackendWork::complete(std::exception_ptr error,
       recordFunctionEndCallback_ = nullptr;
     }
   }
+  is_over_.store(true, std::memory_order_release);
   cv_.notify_all();
   if (!future && self.use_count() > 1) return;
   callbacks.run([self = std::move(self), future = std::move(future)] {
@@ -256,6 +258,8 @@ void BackendWork::complete(std::exception_ptr error,
 }
 
 bool BackendWork::wait(std::chrono::milliseconds timeout) {
+  if (timeout == kNoTimeout && !is_over_.load(std::memory_order_acquire))
+    if (const std::shared_ptr<Mesh> mesh = engine_.lock()) mesh->help(is_over_);
   std::unique_lock<std::mutex> lock(mutex_);
   if (timeout == kNoTimeout) {
     // The operation's own deadline ends it.
@@ -348,7 +352,7 @@ MnemosyneBackend::WorkPtr MnemosyneBackend::launch(
   const bool is_collective = work->kind != Kind::kSend &&
                              work->kind != Kind::kRecv &&
                              work->kind != Kind::kRecvAny;
-  work->submitTo(*mesh_, is_collective ? next_number_++ : next_number_.load());
+  work->submitTo(mesh_, is_collective ? next_number_++ : next_number_.load());
   std::lock_guard<std::mutex> lock(coalescing_mu_);
   if (is_coalescing_) coalesced_.push_back(work);
   return work;

@@ -40,7 +40,7 @@ class BackendWork final : public c10d::Work, public Operation {
   void setResult(std::vector<std::vector<at::Tensor>> lists);
   // `number`: of its group's collectives before it. Requires: called once;
   // nothing above is called afterwards.
-  void submitTo(Mesh& mesh, uint64_t number);
+  void submitTo(const std::shared_ptr<Mesh>& mesh, uint64_t number);
 
   // ---- c10d::Work, any thread
   bool wait(std::chrono::milliseconds timeout) override;
@@ -57,6 +57,8 @@ class BackendWork final : public c10d::Work, public Operation {
   void unstage() override;
   void settle(const c10::intrusive_ptr<c10::ivalue::Future>& future);
 
+  std::weak_ptr<Mesh> engine_;  // to help while waiting; it does not outlive us
+  std::atomic<bool> is_over_{false};
   uint64_t number_ = 0;
   std::vector<std::vector<at::Tensor>> results_;
   std::vector<at::Tensor> kept_;                     // their memory is used

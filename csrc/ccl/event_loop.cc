@@ -1,8 +1,6 @@
 #include "ccl/event_loop.h"
 
-#include <sys/epoll.h>
-
-#include <array>
+#include <algorithm>
 #include <cerrno>
 
 #include "common/error.h"
@@ -40,12 +38,26 @@ void EventLoop::forget(int fd) {
   if (fd >= 0) (void)::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
 }
 
-void EventLoop::poll(Deadline deadline) {
-  graveyard_.clear();  // all events that were fetched have been told
-  std::array<epoll_event, 64> events;
-  const int count = ::epoll_wait(epoll_.get(), events.data(), events.size(),
-                                 deadline.remainingMs());
+int EventLoop::fetch(Events* events, int timeout_ms) {
+  const int count = ::epoll_wait(epoll_.get(), events->data(),
+                                 static_cast<int>(events->size()), timeout_ms);
   if (count < 0 && errno != EINTR) throwErrno("epoll_wait");
+  return std::max(count, 0);
+}
+
+void EventLoop::wait(Deadline deadline) {
+  num_seen_ = fetch(&seen_, deadline.remainingMs());
+}
+
+void EventLoop::tell() {
+  for (int i = 0; i < num_seen_; ++i)
+    static_cast<EventSink*>(seen_[i].data.ptr)->onEvents(seen_[i].events);
+  num_seen_ = 0;
+}
+
+void EventLoop::poll() {
+  Events events;
+  const int count = fetch(&events, 0);
   for (int i = 0; i < count; ++i)
     static_cast<EventSink*>(events[i].data.ptr)->onEvents(events[i].events);
 }

@@ -1,7 +1,10 @@
-// epoll, with an object behind each descriptor. Used by the progress thread
-// only.
+// epoll, with an object behind each descriptor. All but wait() is called with
+// the engine held.
 #pragma once
 
+#include <sys/epoll.h>
+
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -29,17 +32,31 @@ class EventLoop {
   // copy, with which epoll would go on to report events.
   void forget(int fd);
 
-  // Waits until something happens or `deadline`, then tells the sinks.
-  void poll(Deadline deadline);
+  // Destroys what is buried. Requires: no wait() that is not told yet.
+  void clear() { graveyard_.clear(); }
+  // Waits until something happens or `deadline`, without the engine. For one
+  // thread only, which calls tell() next.
+  void wait(Deadline deadline);
+  // Tells the sinks what wait() has seen.
+  void tell();
+  // Tells the sinks what has happened by now. Any thread.
+  void poll();
 
-  // Destroys an object once no event that was fetched can be for it any more.
+  // Destroys an object at the next clear(), when no event that was fetched can
+  // be for it any more.
   template <typename T>
   void bury(std::unique_ptr<T> object) {
     graveyard_.push_back(std::move(object));
   }
+  bool hasBuried() const { return !graveyard_.empty(); }
 
  private:
+  using Events = std::array<epoll_event, 64>;
+  int fetch(Events* events, int timeout_ms);
+
   Fd epoll_;
+  Events seen_;  // by wait()
+  int num_seen_ = 0;
   std::vector<std::shared_ptr<void>> graveyard_;
 };
 

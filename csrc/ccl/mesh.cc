@@ -38,7 +38,7 @@ Mesh::Waker::Waker() : fd_(makeEventFd()) {}
 void Mesh::Waker::wake() { setEvent(fd_.get()); }
 void Mesh::Waker::onEvents(uint32_t) { clearEvent(fd_.get()); }
 
-// Runs a function on the progress thread; the caller waits for it.
+// Runs a function with the engine held; the caller waits for it.
 struct Mesh::Command final : Submission {
   explicit Command(std::function<void()> action) : task(std::move(action)) {}
   void run(Mesh&) override { task(); }
@@ -71,16 +71,14 @@ void Mesh::checkOwner() const {
 
 void Mesh::enqueue(Submission* submission) {
   checkOwner();
-  bool wake = false;
   {
     std::lock_guard<std::mutex> lock(submit_mu_);
     if (is_closing_) throw std::runtime_error("the mesh is closed");
     submission->next_ = nullptr;
     (submitted_last_ ? submitted_last_->next_ : submitted_first_) = submission;
     submitted_last_ = submission;
-    wake = std::exchange(is_sleeping_, false);
   }
-  if (wake) waker_.wake();
+  drive();
 }
 
 void Mesh::submit(Operation* op) { enqueue(op); }
@@ -89,7 +87,7 @@ void Mesh::perform(std::function<void()> action) {
   Command command(std::move(action));
   auto done = command.task.get_future();
   enqueue(&command);
-  // The progress thread never waits for anything, so neither does this for
+  // Who holds the engine never waits for anything, so neither does this for
   // long.
   done.get();
 }

@@ -1,7 +1,10 @@
 // All links of this worker, and the operations that run over them.
 //
-// One per process. A single progress thread owns everything below; the public
-// methods may be called by any thread, also while others wait for operations.
+// One per process. Whoever holds the engine (its mutex) may turn it: start
+// operations, move bytes, complete what is done. That is the progress thread,
+// which sleeps until something happens, or a thread that submits an operation
+// or waits for one and so saves two thread switches. The public methods may be
+// called by any thread, also while others wait for operations.
 #pragma once
 
 #include <atomic>
@@ -70,7 +73,11 @@ class Mesh final : private Peer::Host, private Connector::Host {
   std::map<std::string, int64_t> counters() const;
 
   // Takes the operation and completes it, always. Throws if the mesh is closed.
+  // Does not wait: starts it, unless another thread has the engine.
   void submit(Operation* op);
+  // Turns the engine until the flag is set, for as long as that is better than
+  // to sleep. For a thread that is about to wait for an operation.
+  void help(const std::atomic<bool>& is_over);
 
   // Ends all operations and says farewell. Can be called again.
   void close();
@@ -96,11 +103,21 @@ class Mesh final : private Peer::Host, private Connector::Host {
   void checkOwner() const;
   void enqueue(Submission* submission);
   void perform(std::function<void()> action);
+  bool hasSubmissions();
+  void drive();
 
   // ---- progress thread
   void loop();
-  bool turn();
-  void sleep();
+  void sleep(std::unique_lock<std::mutex>& engine);
+
+  // ---- with the engine held
+  bool turn() noexcept;
+  bool turnOnce();
+  void breakDown(std::exception_ptr error);
+  void letGo();
+  bool lookAtLinks();
+  bool armLinks();
+  Deadline nextDeadline() const;
   bool runSubmissions();
   void resumeReady();
   void pumpListed();
@@ -154,11 +171,11 @@ class Mesh final : private Peer::Host, private Connector::Host {
   Fd failure_fd_;
   std::string address_;
 
-  // Shared. Lock order: none is held while another is taken.
+  // Shared. Lock order: engine_mu_ first, of the others one at a time.
+  std::mutex engine_mu_;
   std::mutex submit_mu_;
   Submission* submitted_first_ = nullptr;  // guarded by submit_mu_
   Submission* submitted_last_ = nullptr;   // guarded by submit_mu_
-  bool is_sleeping_ = false;               // guarded by submit_mu_
   bool is_closing_ = false;                // guarded by submit_mu_
   mutable std::mutex failure_mu_;
   std::exception_ptr failure_;  // guarded by failure_mu_
@@ -166,6 +183,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   std::atomic<int64_t> public_epoch_{-1};
   std::atomic<int> public_rank_{-1};
   std::atomic<int> public_size_{0};
+  std::atomic<int> num_helpers_{0};
   struct {
     std::atomic<int64_t> links_open{0};
     std::atomic<int64_t> links_opened{0};
@@ -179,7 +197,11 @@ class Mesh final : private Peer::Host, private Connector::Host {
     std::atomic<int64_t> failures{0};
   } counters_;
 
-  // Of the progress thread.
+  // Guarded by engine_mu_.
+  bool is_sleeping_ = false;  // the progress thread, until:
+  Deadline sleeps_until_ = Deadline::never();
+  Clock::time_point helped_at_{};
+  bool is_broken_down_ = false;
   EventLoop loop_;
   Waker waker_;
   Connector connector_;

@@ -11,8 +11,6 @@ namespace {
 // One peer that sends without end must not keep the others waiting.
 constexpr size_t kReadBudget = 1 << 20;
 
-constexpr std::array<std::byte, 16 * 1024> kZeros{};
-
 // Where thrown-away payload goes. Nobody reads it.
 std::byte* trash() {
   thread_local std::array<std::byte, 16 * 1024> bytes;
@@ -141,11 +139,15 @@ void Peer::withdraw(Transfer* transfer) {
     return;
   }
   if (out_transfer_ == transfer) {
-    // The peer counts on the rest of the frame: zeros take its place.
+    // The peer counts on the rest of the frame, and may complete its message
+    // with it: it gets what it would have got.
     out_transfer_ = nullptr;
-    out_from_ = nullptr;
-    if (out_header_left_ == sizeof(FrameHeader))
+    if (out_header_left_ == sizeof(FrameHeader)) {
       out_header_left_ = out_left_ = 0;
+    } else if (out_left_ > 0) {
+      rest_.assign(out_from_, out_from_ + out_left_);
+      out_from_ = rest_.data();
+    }
     return;
   }
   unlink(transfer);
@@ -409,20 +411,16 @@ bool Peer::hasOutput() const {
 void Peer::sendAll() {
   while (out_header_left_ + out_left_ > 0 || nextFrame()) {
     const auto* header = reinterpret_cast<const std::byte*>(&out_ + 1);
-    // Padding is cut into pieces of what there is of zeros.
-    const size_t payload =
-        out_from_ ? out_left_ : std::min(out_left_, kZeros.size());
-    const std::byte* from = out_from_ ? out_from_ : kZeros.data();
     const iovec parts[2] = {
         {const_cast<std::byte*>(header - out_header_left_), out_header_left_},
-        {const_cast<std::byte*>(from), payload}};
-    const size_t wanted = out_header_left_ + payload;
+        {const_cast<std::byte*>(out_from_), out_left_}};
+    const size_t wanted = out_header_left_ + out_left_;
     const size_t n = link_->write(parts, 2);
     host_.onBytes(n, 0);
     const size_t of_header = std::min(n, out_header_left_);
     out_header_left_ -= of_header;
     out_left_ -= n - of_header;
-    if (out_from_) out_from_ += n - of_header;
+    out_from_ += n - of_header;
     if (out_header_left_ + out_left_ == 0) onFrameSent();
     if (n < wanted) break;
   }
@@ -430,7 +428,8 @@ void Peer::sendAll() {
 }
 
 bool Peer::nextFrame() {
-  out_from_ = nullptr;
+  static constexpr std::byte kNothing{};
+  out_from_ = &kNothing;
   out_left_ = 0;
   if (control_sent_ < control_.size()) {
     out_ = control_[control_sent_++];

@@ -1,7 +1,7 @@
 // The protocol with one worker: messages, the eager window, grants, and the
 // fence.
 //
-// Lives on the progress thread. docs/design.md, "Frames" and "Fence".
+// All with the engine held. docs/design.md, "Frames" and "Fence".
 #pragma once
 
 #include <cstdint>
@@ -89,6 +89,9 @@ class Peer final : public EventSink {
   // Sends and receives what is possible now.
   void pump();
   bool hasOutput() const;
+  // As Link: for the peers of the mesh that nobody listens to.
+  bool hasNews() const { return link_ && link_->hasNews(hasOutput()); }
+  bool arm() { return !link_ || link_->arm(hasOutput()); }
 
   // In the mesh's list of peers to pump.
   bool is_listed = false;
@@ -159,9 +162,10 @@ class Peer final : public EventSink {
   // The frame that is being sent.
   FrameHeader out_;
   size_t out_header_left_ = 0;
-  const std::byte* out_from_ = nullptr;  // null: padded with zeros
+  const std::byte* out_from_ = nullptr;
   size_t out_left_ = 0;
   Transfer* out_transfer_ = nullptr;
+  std::vector<std::byte> rest_;  // of a frame whose transfer was withdrawn
   // What is to be sent next: control frames first, then messages in turn.
   std::vector<FrameHeader> control_;
   size_t control_sent_ = 0;

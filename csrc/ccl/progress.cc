@@ -1,4 +1,6 @@
-// The progress thread: runs operations, moves bytes, watches deadlines.
+// The engine: runs operations, moves bytes, watches deadlines; and who turns it.
+#include <sched.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -10,6 +12,15 @@ namespace mnemosyne::ccl {
 namespace {
 
 constexpr int kTurnsBetweenPolls = 16;
+// Who submits gives the engine back after that: it has other things to do.
+constexpr int kTurnsOfSubmitter = 4;
+// How long a helper finds nothing before it sleeps. Some times what a switch to
+// each of the other workers on an overcommitted core costs.
+constexpr std::chrono::microseconds kPatience{100};
+// A helper is likely to be back within that time, and looks at the links
+// itself: bells would wake the progress thread for nothing. Resolution of
+// epoll_wait.
+constexpr Milliseconds kHelpersPause{1};
 
 // All ranks compute the same from what they were asked to do.
 uint16_t signatureOf(const Operation& op) {
@@ -59,19 +70,16 @@ void zeroOutputs(const Operation& op) {
 
 void Mesh::loop() {
   nameThread("mnemo-progress");
-  try {
-    while (true) {
-      // Links in memory can keep us busy for ever: look at the others in
-      // between.
-      for (int turns = 1; turn(); ++turns)
-        if (turns % kTurnsBetweenPolls == 0) loop_.poll(Deadline::in({}));
-      const bool is_over = close_by_.expired() || isClosed();
-      if (close_by_ < Deadline::never() && is_over) break;
-      sleep();
-    }
-  } catch (...) {
-    // Out of memory or descriptors: nobody may wait for this thread any more.
-    latch(std::current_exception());
+  std::unique_lock<std::mutex> engine(engine_mu_);
+  while (!is_broken_down_) {
+    // Links in memory can keep us busy for ever: look at the others in between.
+    for (int turns = 1; turn(); ++turns)
+      if (turns % kTurnsBetweenPolls == 0) loop_.poll();
+    const bool is_over = close_by_.expired() || isClosed();
+    if (close_by_ < Deadline::never() && is_over) break;
+    sleep(engine);
+  }
+  {
     std::lock_guard<std::mutex> lock(submit_mu_);
     is_closing_ = true;
   }
@@ -82,8 +90,128 @@ void Mesh::loop() {
   for (auto& [id, peer] : peers_) peer->discard();
 }
 
+void Mesh::sleep(std::unique_lock<std::mutex>& engine) {
+  sleeps_until_ = nextDeadline();
+  if (num_helpers_ > 0 || Clock::now() - helped_at_ < kHelpersPause) {
+    sleeps_until_ = std::min(sleeps_until_, Deadline::in(kHelpersPause));
+  } else if (!armLinks()) {
+    return;
+  }
+  loop_.clear();
+  is_sleeping_ = true;
+  engine.unlock();
+  try {
+    // Who submitted while we had the engine relies on us.
+    if (!hasSubmissions()) loop_.wait(sleeps_until_);
+    engine.lock();
+    is_sleeping_ = false;
+    loop_.tell();
+  } catch (...) {
+    if (!engine.owns_lock()) engine.lock();
+    breakDown(std::current_exception());
+  }
+}
+
+Deadline Mesh::nextDeadline() const {
+  return std::min({next_timeout_, connector_.nextDeadline(), close_by_});
+}
+
+bool Mesh::hasSubmissions() {
+  std::lock_guard<std::mutex> lock(submit_mu_);
+  return submitted_first_ != nullptr;
+}
+
+// Sees to it that what was submitted is taken: by us, or by who has the engine,
+// since every holder comes here, or to sleep(), after it.
+void Mesh::drive() {
+  while (hasSubmissions()) {
+    std::unique_lock<std::mutex> engine(engine_mu_, std::try_to_lock);
+    if (!engine) return;
+    for (int i = 0; i < kTurnsOfSubmitter && turn(); ++i) {
+    }
+    letGo();
+  }
+}
+
+void Mesh::help(const std::atomic<bool>& is_over) {
+  if (isInherited()) return;
+  ++num_helpers_;
+  auto patience = Clock::now() + kPatience;
+  bool gives_up = false;
+  while (!is_over.load(std::memory_order_acquire) && !gives_up) {
+    bool moved = false;
+    if (std::unique_lock<std::mutex> engine(engine_mu_, std::try_to_lock);
+        engine) {
+      lookAtLinks();
+      while (!is_over.load(std::memory_order_relaxed) && turn()) moved = true;
+      helped_at_ = Clock::now();
+      if (moved) {
+        patience = helped_at_ + kPatience;
+      } else if (helped_at_ >= patience && armLinks()) {
+        helped_at_ = {};
+        gives_up = true;
+      }
+      letGo();
+    }
+    drive();
+    if (!moved && !gives_up) ::sched_yield();
+  }
+  --num_helpers_;
+}
+
+// Before a thread that is not the progress thread lets go of the engine: the
+// progress thread takes over what it does not know of.
+void Mesh::letGo() {
+  const bool is_left = must_abort_ || is_broken_down_ || loop_.hasBuried() ||
+                       !listed_.empty() || !ready_.empty() ||
+                       close_by_ < Deadline::never();
+  if (is_sleeping_ && (is_left || nextDeadline() < sleeps_until_)) {
+    is_sleeping_ = false;
+    waker_.wake();
+  }
+}
+
+bool Mesh::lookAtLinks() {
+  bool found = false;
+  for (auto& [id, peer] : peers_) {
+    if (!peer->hasNews()) continue;
+    onWork(*peer);
+    found = true;
+  }
+  return found;
+}
+
+// False if there is something to do already.
+bool Mesh::armLinks() {
+  bool is_quiet = true;
+  for (auto& [id, peer] : peers_) {
+    if (peer->arm()) continue;
+    onWork(*peer);
+    is_quiet = false;
+  }
+  return is_quiet;
+}
+
 // Does what can be done without waiting; true if there may be more.
-bool Mesh::turn() {
+bool Mesh::turn() noexcept {
+  try {
+    return turnOnce();
+  } catch (...) {
+    breakDown(std::current_exception());
+    return false;
+  }
+}
+
+// Out of memory or descriptors: nobody may wait for this engine any more.
+void Mesh::breakDown(std::exception_ptr error) {
+  latch(std::move(error));
+  is_broken_down_ = true;
+  std::lock_guard<std::mutex> lock(submit_mu_);
+  is_closing_ = true;
+}
+
+bool Mesh::turnOnce() {
+  if (is_broken_down_) return false;
   bool worked = runSubmissions();
   if (std::exchange(must_abort_, false)) abortAll(failure_);
   worked |= !ready_.empty() || !listed_.empty();
@@ -92,17 +220,6 @@ bool Mesh::turn() {
   connector_.settle();
   if (next_timeout_.expired()) checkDeadlines();
   return worked || must_abort_ || !listed_.empty();
-}
-
-void Mesh::sleep() {
-  {
-    std::lock_guard<std::mutex> lock(submit_mu_);
-    if (submitted_first_ != nullptr) return;
-    is_sleeping_ = true;
-  }
-  loop_.poll(std::min({next_timeout_, connector_.nextDeadline(), close_by_}));
-  std::lock_guard<std::mutex> lock(submit_mu_);
-  is_sleeping_ = false;
 }
 
 bool Mesh::runSubmissions() {

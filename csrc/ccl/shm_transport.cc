@@ -1,10 +1,10 @@
 // Links on one host: two rings in shared memory, and a socket to ring a bell.
 //
 // Each ring has one writer and one reader. Positions only grow; what lies
-// between them is full. A side that finds nothing to do says so in the ring
+// between them is full. A side that is about to sleep says so in the ring
 // (`reader_waits`, `writer_waits`) and looks once more, so that the other side
-// either sees the wish or has been seen: all of these accesses are sequentially
-// consistent.
+// either sees the wish or has been seen: these accesses are sequentially
+// consistent. A side that does not sleep just looks, and nobody rings.
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
@@ -75,6 +75,17 @@ class ShmLink final : public Link {
     return total;
   }
 
+  bool hasNews(bool wants_room) const override {
+    return (hung_up_ && !ended_) || in_->written.load() != read_ ||
+           (wants_room && written_ - out_->read.load() < kRingBytes);
+  }
+
+  bool arm(bool wants_room) override {
+    in_->reader_waits.store(1);
+    if (wants_room) out_->writer_waits.store(1);
+    return !hasNews(wants_room);
+  }
+
   void flush() override {
     // Two idle sides that rang without a cause would wake each other for ever.
     if (written_ == flushed_) return;
@@ -101,9 +112,7 @@ class ShmLink final : public Link {
       size_t room = kRingBytes - (written_ - out_->read.load());
       if (room == 0) {
         flush();
-        out_->writer_waits.store(1);
-        room = kRingBytes - (written_ - out_->read.load());
-        if (room == 0) break;
+        break;
       }
       // A peer that scribbles over its position can only harm its own messages.
       room = std::min(room, kRingBytes);
@@ -120,16 +129,12 @@ class ShmLink final : public Link {
   }
 
   size_t readPart(std::byte* to, size_t size) {
-    uint64_t full = in_->written.load() - read_;
+    // Read before the ring: everything was in the ring before the hang-up.
+    const bool hung_up = hung_up_;
+    const uint64_t full = in_->written.load() - read_;
     if (full == 0) {
-      in_->reader_waits.store(1);
-      // Read before the ring: everything was in the ring before the hang-up.
-      const bool hung_up = hung_up_;
-      full = in_->written.load() - read_;
-      if (full == 0) {
-        ended_ = hung_up;
-        return 0;
-      }
+      ended_ = hung_up;
+      return 0;
     }
     if (full > kRingBytes) {  // not what our writer does
       ended_ = true;

@@ -1,33 +1,13 @@
-// A coroutine that the progress thread runs, so that an algorithm reads from
+// A coroutine that the engine runs, so that an algorithm reads from
 // top to bottom. It starts suspended; destroying it at any `co_await` ends it
 // and whatever it owns, which is how operations are aborted.
 #pragma once
 
-#include <array>
 #include <coroutine>
-#include <cstddef>
 #include <exception>
 #include <utility>
-#include <vector>
 
 namespace mnemosyne::ccl {
-
-// Keeps the memory of ended coroutines for the next ones. One per thread; only
-// the progress thread makes coroutines.
-class FramePool {
- public:
-  static void* allocate(size_t size);
-  static void release(void* frame, size_t size);
-
- private:
-  static constexpr size_t kStep = 256;
-  static constexpr size_t kSizes = 16;
-  std::array<std::vector<void*>, kSizes> free_;
-
-  static FramePool& local();
-  FramePool() = default;
-  ~FramePool();
-};
 
 class Task {
  public:
@@ -41,10 +21,6 @@ class Task {
     std::suspend_always final_suspend() noexcept { return {}; }
     void return_void() {}
     void unhandled_exception() { error = std::current_exception(); }
-    void* operator new(size_t size) { return FramePool::allocate(size); }
-    void operator delete(void* frame, size_t size) {
-      FramePool::release(frame, size);
-    }
   };
 
   Task() = default;

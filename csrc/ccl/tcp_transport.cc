@@ -21,6 +21,9 @@ class TcpLink final : public Link {
   const char* kind() const override { return "tcp"; }
   bool ended() const override { return ended_ && begin_ == end_; }
   void flush() override {}
+  // Its descriptor tells by itself.
+  bool hasNews(bool) const override { return false; }
+  bool arm(bool) override { return true; }
   void endWriting() override { ::shutdown(socket_.get(), SHUT_WR); }
 
   void onEvents(uint32_t events) override {

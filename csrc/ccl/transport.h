@@ -1,7 +1,6 @@
 // A link as the engine sees it: one ordered byte channel to one worker.
 //
-// All methods are called by the mesh's progress thread only, and none of them
-// waits.
+// All methods are called with the engine held, and none of them waits.
 #pragma once
 
 #include <sys/uio.h>
@@ -24,17 +23,21 @@ class Link {
   // Takes note of epoll events at fd().
   virtual void onEvents(uint32_t events) = 0;
 
-  // Takes as many bytes as there is room for now and returns their number.
-  // After a short write, an event at fd() says when to go on. A link whose peer
+  // Takes as many bytes as there is room for now and returns their number. A
+  // link whose peer
   // is gone takes everything and drops it: that the peer is gone is for read()
   // to find, after all that the peer had sent.
   virtual size_t write(const iovec* parts, int num_parts) = 0;
   // Makes sure that the peer looks at what was written.
   virtual void flush() = 0;
 
-  // Returns up to `size` bytes; 0 if there are none now, with an event at fd()
-  // when there are.
+  // Returns up to `size` bytes; 0 if there are none now.
   virtual size_t read(void* data, size_t size) = 0;
+
+  // Whether a read that found nothing, or a short write, can go on. Cheap.
+  virtual bool hasNews(bool wants_room) const = 0;
+  // Asks for an event at fd() when hasNews() comes true; false if it is.
+  virtual bool arm(bool wants_room) = 0;
   // The peer has closed its end, or died, and all it sent has been read.
   virtual bool ended() const = 0;
   // Nothing more will be written; the peer reads to the end and sees it.

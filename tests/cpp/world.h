@@ -1,6 +1,7 @@
 // Several meshes in one process, with operations that a test can wait for.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <memory>
@@ -33,6 +34,7 @@ class TestOperation final : public Operation {
 
   void submit(Mesh& mesh, Ptr self) {
     self_ = std::move(self);
+    mesh_ = &mesh;
     try {
       mesh.submit(this);
     } catch (...) {
@@ -43,6 +45,7 @@ class TestOperation final : public Operation {
 
   // Waits, and throws what the operation ended with.
   void wait() {
+    if (is_helping) mesh_->help(is_over_);
     std::unique_lock<std::mutex> lock(mu_);
     const bool done = changed_.wait_for(lock, std::chrono::seconds(30),
                                         [this] { return done_; });
@@ -55,6 +58,7 @@ class TestOperation final : public Operation {
     return done_;
   }
 
+  bool is_helping = true;  // whether wait() turns the engine
   std::vector<std::vector<int>> data;  // what inputs and outputs point to
 
   Buffer own(std::vector<int> values) {
@@ -69,12 +73,15 @@ class TestOperation final : public Operation {
     std::lock_guard<std::mutex> lock(mu_);
     error_ = std::move(error);
     done_ = true;
+    is_over_ = true;
     changed_.notify_all();
   }
 
   std::mutex mu_;
   std::condition_variable changed_;
   bool done_ = false;
+  std::atomic<bool> is_over_{false};
+  Mesh* mesh_ = nullptr;
   std::exception_ptr error_;
   Ptr self_;
 };
