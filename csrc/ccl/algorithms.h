@@ -43,6 +43,34 @@ Buffer chunkOf(const Buffer& buffer, size_t n);
 // Number of chunks, at least one.
 size_t numChunks(size_t size);
 
+// The messages of a ring, in their order. Long buffers go round in blocks, so
+// that what a rank passes on, or adds to, is in its cache still: block by block,
+// within it step by step, within that chunk by chunk. What is sent in a step was
+// received in the one before, that is `chunks` messages earlier.
+struct Ring {
+  // `share`: the largest of the parts that go round.
+  Ring(const Operation& op, size_t share, int num_steps);
+
+  size_t block(size_t k) const { return k / (steps * chunks); }
+  int step(size_t k) const { return static_cast<int>(k / chunks % steps); }
+  // The message's chunk of a share.
+  Buffer cut(const Buffer& share, size_t k) const;
+  // Within a block of it.
+  Buffer cutBlock(const Buffer& share_of_block, size_t k) const;
+  // How far sending may be ahead of receiving, which is at `k`.
+  size_t horizon(size_t k) const;
+
+  int left;
+  int right;
+  size_t steps;
+  size_t chunks;  // of a share, in each block
+  size_t total;   // messages
+};
+// What a ring's message carries at most.
+constexpr size_t kRingChunkBytes = 128 * 1024;
+// Chunks of a share in a block: while one is reduced, others are on their way.
+constexpr size_t kRingChunks = 4;
+
 // A binomial tree over the ranks, counted from the root.
 struct Tree {
   Tree(int rank, int size, int root);

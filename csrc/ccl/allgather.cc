@@ -36,36 +36,32 @@ Task directAllGather(Operation& op) {
 Task ringAllGather(Operation& op, size_t largest) {
   const int rank = op.rank();
   const int size = op.size();
-  const int left = (rank + size - 1) % size;
-  const int right = (rank + 1) % size;
-  const size_t chunks = numChunks(largest);
-  const size_t total = (size - 1) * chunks;
+  const Ring ring(op, largest, size - 1);
   std::array<Transfer, kPipeline> sends;
   std::array<Transfer, kPipeline> recvs;
   placeOwn(op);
 
   const auto piece = [&](size_t k, int back) {
-    const int step = static_cast<int>(k / chunks);
-    return chunkOf(op.outputs[(rank + 2 * size - step - back) % size],
-                   k % chunks);
+    return ring.cut(
+        op.outputs[(rank + 2 * size - ring.step(k) - back) % size], k);
   };
   const auto post = [&](size_t k) {
     const Buffer chunk = piece(k, 1);
-    recvs[k % kPipeline].recv(op, left, k, chunk.data, chunk.size);
+    recvs[k % kPipeline].recv(op, ring.left, k, chunk.data, chunk.size);
   };
 
-  for (size_t k = 0; k < std::min(kPipeline, total); ++k) post(k);
+  for (size_t k = 0; k < std::min(kPipeline, ring.total); ++k) post(k);
   size_t next = 0;
-  for (size_t k = 0; k < total; ++k) {
-    while (next < std::min({total, k + kPipeline, k + chunks})) {
+  for (size_t k = 0; k < ring.total; ++k) {
+    while (next < ring.horizon(k)) {
       Transfer& send = sends[next % kPipeline];
       co_await send;
       const Buffer chunk = piece(next, 0);
-      send.send(op, right, next, chunk.data, chunk.size);
+      send.send(op, ring.right, next, chunk.data, chunk.size);
       ++next;
     }
     co_await recvs[k % kPipeline];
-    if (k + kPipeline < total) post(k + kPipeline);
+    if (k + kPipeline < ring.total) post(k + kPipeline);
   }
   for (Transfer& send : sends) co_await send;
 }

@@ -51,86 +51,67 @@ Task doublingAllReduce(Operation& op) {
   }
 }
 
-// The buffer cut into one segment per rank, on element boundaries.
-class Segments {
- public:
-  Segments(const Buffer& data, size_t element, int size)
-      : data_(data),
-        element_(element),
-        count_(data.size / element),
-        size_(size) {}
+// The n-th of `count` parts of a buffer, cut on element boundaries.
+Buffer segmentOf(const Buffer& data, size_t element, int n, int count) {
+  const size_t elements = data.size / element;
+  const size_t begin = elements * static_cast<size_t>(n) / count;
+  const size_t end = elements * static_cast<size_t>(n + 1) / count;
+  return {data.data + begin * element, (end - begin) * element};
+}
 
-  Buffer at(int index) const {
-    const auto i = static_cast<size_t>(((index % size_) + size_) % size_);
-    const size_t begin = count_ * i / size_;
-    const size_t end = count_ * (i + 1) / size_;
-    return {data_.data + begin * element_, (end - begin) * element_};
-  }
-  size_t largest() const { return (count_ + size_ - 1) / size_ * element_; }
-
- private:
-  Buffer data_;
-  size_t element_;
-  size_t count_;
-  int size_;
-};
-
-// Ring: each segment goes round once to be summed and once more to be handed
-// out, in chunks, so that a chunk is passed on while the next one arrives.
+// Ring: each block is cut into one segment per rank, which goes round once to
+// be summed and once more to be handed out.
 Task ringAllReduce(Operation& op) {
+  const Buffer data = op.outputs[0];
   const int rank = op.rank();
   const int size = op.size();
-  const int left = (rank + size - 1) % size;
-  const int right = (rank + 1) % size;
-  const Segments segments(op.outputs[0], elementBytes(op.type), size);
-  const size_t chunks = numChunks(segments.largest());
-  const size_t reducing = (size - 1) * chunks;
-  const size_t total = 2 * reducing;
-  const Scratch scratch = makeScratch(kPipeline * kChunkBytes);
+  const size_t element = elementBytes(op.type);
+  const size_t elements = data.size / element;
+  const Ring ring(op, (elements + size - 1) / size * element, 2 * (size - 1));
+  const size_t block_bytes = ring.chunks * kRingChunkBytes * size;
+  const Scratch scratch = makeScratch(kPipeline * kRingChunkBytes);
   std::array<Transfer, kPipeline> sends;
   std::array<Transfer, kPipeline> recvs;
 
-  // The k-th message of the ring: what is sent, and what is received.
-  const auto sent = [&](size_t k) {
-    const int step = static_cast<int>(k / chunks);
-    return chunkOf(segments.at(k < reducing ? rank - step : rank + size - step),
-                   k % chunks);
+  // The k-th message's place in the segment that is `back` ranks behind.
+  const auto piece = [&](size_t k, int back) {
+    const size_t begin = std::min(ring.block(k) * block_bytes, data.size);
+    const Buffer block{data.data + begin,
+                       std::min(block_bytes, data.size - begin)};
+    const int n = (rank + 2 * size - ring.step(k) - back) % size;
+    return ring.cutBlock(segmentOf(block, element, n, size), k);
   };
-  const auto received = [&](size_t k) {
-    const int step = static_cast<int>(k / chunks);
-    return chunkOf(
-        segments.at(k < reducing ? rank - step - 1 : rank + size - 1 - step),
-        k % chunks);
-  };
+  const auto received = [&](size_t k) { return piece(k, 1); };
+  const auto is_reducing = [&](size_t k) { return ring.step(k) < size - 1; };
   const auto slot = [&](size_t k) {
-    return scratch.get() + k % kPipeline * kChunkBytes;
+    return scratch.get() + k % kPipeline * kRingChunkBytes;
   };
   const auto post = [&](size_t k) {
     const Buffer chunk = received(k);
-    recvs[k % kPipeline].recv(op, left, k, k < reducing ? slot(k) : chunk.data,
+    recvs[k % kPipeline].recv(op, ring.left, k,
+                              is_reducing(k) ? slot(k) : chunk.data,
                               chunk.size);
   };
 
-  for (size_t k = 0; k < std::min(kPipeline, total); ++k) post(k);
+  for (size_t k = 0; k < std::min(kPipeline, ring.total); ++k) post(k);
   size_t next = 0;
-  for (size_t k = 0; k < total; ++k) {
-    // What is sent was received one step, that is `chunks` messages, before.
-    while (next < std::min({total, k + kPipeline, k + chunks})) {
+  for (size_t k = 0; k < ring.total; ++k) {
+    while (next < ring.horizon(k)) {
       Transfer& send = sends[next % kPipeline];
       co_await send;
-      const Buffer chunk = sent(next);
-      send.send(op, right, next, chunk.data, chunk.size);
+      const Buffer chunk = piece(next, 0);
+      send.send(op, ring.right, next, chunk.data, chunk.size);
       ++next;
     }
     co_await recvs[k % kPipeline];
-    if (k < reducing) {
+    if (is_reducing(k)) {
       const Buffer chunk = received(k);
       reduce(op.type, op.reduce_op, chunk.data, slot(k), chunk.data,
              chunk.size);
-      if (op.reduce_op == ReduceOp::kAverage && k + chunks >= reducing)
+      if (op.reduce_op == ReduceOp::kAverage && ring.step(k) == size - 2)
         divide(op.type, chunk.data, size, chunk.size);
     }
-    if (k + kPipeline < total) post(k + kPipeline);
+    if (k + kPipeline < ring.total) post(k + kPipeline);
   }
   for (Transfer& send : sends) co_await send;
 }

@@ -16,7 +16,7 @@ constexpr int kTurnsBetweenPolls = 16;
 constexpr int kTurnsOfSubmitter = 4;
 // How long a helper finds nothing before it sleeps. Some times what a switch to
 // each of the other workers on an overcommitted core costs.
-constexpr std::chrono::microseconds kPatience{100};
+constexpr std::chrono::microseconds kPatience{1000};
 // A helper is likely to be back within that time, and looks at the links
 // itself: bells would wake the progress thread for nothing. Resolution of
 // epoll_wait.

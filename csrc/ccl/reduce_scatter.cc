@@ -38,12 +38,9 @@ Task directReduceScatter(Operation& op) {
 Task ringReduceScatter(Operation& op) {
   const int rank = op.rank();
   const int size = op.size();
-  const int left = (rank + size - 1) % size;
-  const int right = (rank + 1) % size;
   const Buffer output = op.outputs[0];
-  const size_t chunks = numChunks(output.size);
-  const size_t total = (size - 1) * chunks;
-  const Scratch scratch = makeScratch(kPipeline * kChunkBytes);
+  const Ring ring(op, output.size, size - 1);
+  const Scratch scratch = makeScratch(kPipeline * kRingChunkBytes);
   std::array<Transfer, kPipeline> sends;
   std::array<Transfer, kPipeline> recvs;
 
@@ -58,38 +55,37 @@ Task ringReduceScatter(Operation& op) {
   const Buffer partial{is_in_place ? aside.get() : output.data, output.size};
 
   const auto input = [&](size_t k, int back) {
-    const int step = static_cast<int>(k / chunks);
-    return chunkOf(op.inputs[(rank + 2 * size - step - back) % size],
-                   k % chunks);
+    return ring.cut(op.inputs[(rank + 2 * size - ring.step(k) - back) % size],
+                    k);
   };
   const auto slot = [&](size_t k) {
-    return scratch.get() + k % kPipeline * kChunkBytes;
+    return scratch.get() + k % kPipeline * kRingChunkBytes;
   };
   const auto post = [&](size_t k) {
-    recvs[k % kPipeline].recv(op, left, k, slot(k),
-                              chunkOf(partial, k % chunks).size);
+    recvs[k % kPipeline].recv(op, ring.left, k, slot(k),
+                              ring.cut(partial, k).size);
   };
 
-  for (size_t k = 0; k < std::min(kPipeline, total); ++k) post(k);
+  for (size_t k = 0; k < std::min(kPipeline, ring.total); ++k) post(k);
   size_t next = 0;
-  for (size_t k = 0; k < total; ++k) {
-    while (next < std::min({total, k + kPipeline, k + chunks})) {
+  for (size_t k = 0; k < ring.total; ++k) {
+    while (next < ring.horizon(k)) {
       Transfer& send = sends[next % kPipeline];
       co_await send;
       const Buffer chunk =
-          next < chunks ? input(next, 1) : chunkOf(partial, next % chunks);
-      send.send(op, right, next, chunk.data, chunk.size);
+          ring.step(next) == 0 ? input(next, 1) : ring.cut(partial, next);
+      send.send(op, ring.right, next, chunk.data, chunk.size);
       ++next;
     }
     co_await recvs[k % kPipeline];
     // This very chunk of the partial sums may still be on its way out.
     co_await sends[k % kPipeline];
-    const Buffer chunk = chunkOf(partial, k % chunks);
+    const Buffer chunk = ring.cut(partial, k);
     reduce(op.type, op.reduce_op, chunk.data, slot(k), input(k, 2).data,
            chunk.size);
-    if (op.reduce_op == ReduceOp::kAverage && k + chunks >= total)
+    if (op.reduce_op == ReduceOp::kAverage && ring.step(k) == size - 2)
       divide(op.type, chunk.data, size, chunk.size);
-    if (k + kPipeline < total) post(k + kPipeline);
+    if (k + kPipeline < ring.total) post(k + kPipeline);
   }
   for (Transfer& send : sends) co_await send;
   if (is_in_place) std::memcpy(output.data, aside.get(), output.size);

@@ -6,6 +6,7 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "ccl/transport.h"
 #include "common/socket.h"
@@ -48,9 +49,12 @@ class TcpLink final : public Link {
 
   size_t read(void* data, size_t size) override {
     if (begin_ == end_) {
-      // What is large goes to its place at once; headers and small messages are
-      // read many at a time.
-      if (size >= buffer_.size() / 4) return receive(data, size);
+      // What is large goes to its place at once, and so does the header of what
+      // follows it, which is likely to be large too. Other headers and small
+      // messages are read many at a time.
+      const bool is_bulk = size >= buffer_.size() / 4;
+      if (std::exchange(was_bulk_, is_bulk) || is_bulk)
+        return receive(data, size);
       begin_ = 0;
       end_ = receive(buffer_.data(), buffer_.size());
     }
@@ -78,6 +82,7 @@ class TcpLink final : public Link {
   bool writable_ = true;
   bool broken_ = false;
   bool ended_ = false;
+  bool was_bulk_ = false;
   std::array<std::byte, 1 << 16> buffer_;
   size_t begin_ = 0;
   size_t end_ = 0;
