@@ -90,6 +90,7 @@ class Peer final : public EventSink {
   void pump();
   bool hasOutput() const;
   // As Link: for the peers of the mesh that nobody listens to.
+  bool isSilent() const { return link_ && link_->isSilent(); }
   bool hasNews() const { return link_ && link_->hasNews(hasOutput()); }
   bool arm() { return !link_ || link_->arm(hasOutput()); }
 

@@ -142,15 +142,16 @@ void Mesh::help(const std::atomic<bool>& is_over) {
     bool moved = false;
     if (std::unique_lock<std::mutex> engine(engine_mu_, std::try_to_lock);
         engine) {
-      lookAtLinks();
-      while (!is_over.load(std::memory_order_relaxed) && turn()) moved = true;
-      helped_at_ = Clock::now();
+      gives_up = !lookAtLinks();  // sockets wake the progress thread
+      while (!gives_up && !is_over.load(std::memory_order_relaxed) && turn())
+        moved = true;
+      const auto now = Clock::now();
       if (moved) {
-        patience = helped_at_ + kPatience;
-      } else if (helped_at_ >= patience && armLinks()) {
-        helped_at_ = {};
+        patience = now + kPatience;
+      } else if (now >= patience && armLinks()) {
         gives_up = true;
       }
+      helped_at_ = gives_up ? Clock::time_point{} : now;
       letGo();
     }
     drive();
@@ -171,14 +172,14 @@ void Mesh::letGo() {
   }
 }
 
+// False if there are no links that must be looked at.
 bool Mesh::lookAtLinks() {
-  bool found = false;
+  bool is_of_use = false;
   for (auto& [id, peer] : peers_) {
-    if (!peer->hasNews()) continue;
-    onWork(*peer);
-    found = true;
+    is_of_use |= peer->isSilent();
+    if (peer->hasNews()) onWork(*peer);
   }
-  return found;
+  return is_of_use;
 }
 
 // False if there is something to do already.

@@ -75,6 +75,7 @@ class ShmLink final : public Link {
     return total;
   }
 
+  bool isSilent() const override { return true; }
   bool hasNews(bool wants_room) const override {
     return (hung_up_ && !ended_) || in_->written.load() != read_ ||
            (wants_room && written_ - out_->read.load() < kRingBytes);

@@ -22,7 +22,7 @@ class TcpLink final : public Link {
   const char* kind() const override { return "tcp"; }
   bool ended() const override { return ended_ && begin_ == end_; }
   void flush() override {}
-  // Its descriptor tells by itself.
+  bool isSilent() const override { return false; }
   bool hasNews(bool) const override { return false; }
   bool arm(bool) override { return true; }
   void endWriting() override { ::shutdown(socket_.get(), SHUT_WR); }

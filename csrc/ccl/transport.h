@@ -34,6 +34,8 @@ class Link {
   // Returns up to `size` bytes; 0 if there are none now.
   virtual size_t read(void* data, size_t size) = 0;
 
+  // Whether fd() tells of news only after arm().
+  virtual bool isSilent() const = 0;
   // Whether a read that found nothing, or a short write, can go on. Cheap.
   virtual bool hasNews(bool wants_room) const = 0;
   // Asks for an event at fd() when hasNews() comes true; false if it is.
