@@ -51,8 +51,12 @@ cpp asan tsan: $(INSTALLED)
 sanitize: asan tsan
 
 bench: $(BUILT)
+	$(BIN)/python -m pip install --quiet matplotlib==3.11.2
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/collectives.py --plot build/collectives.png
+	$(BIN)/python benchmarks/single_copy.py
+	$(BIN)/python benchmarks/reconfigure.py
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info mnemosyne_plugin/ccl/_C*.so
