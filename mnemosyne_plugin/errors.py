@@ -43,6 +43,18 @@ class StaleEpoch(RecoverableError):
         self.epoch = epoch
 
 
+class GroupAborted(RecoverableError):
+    """The group was aborted or shut down, by this rank or by ``rank``.
+
+    Other groups go on; this one does when it is reconfigured.
+    """
+
+    def __init__(self, message: str, rank: int = -1, epoch: int = -1) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.epoch = epoch
+
+
 class FatalError(MnemosyneError):
     """The job cannot go on; the message says what the user can do."""
 

@@ -14,6 +14,7 @@ enum class FrameType : uint8_t {
   kMarker,    // everything after this is of `epoch`
   kReject,    // "your message does not fit mine"
   kFarewell,  // the sender closes in good order
+  kClose,     // the sender's part in a group is over; `total` is a Closing
 };
 
 // The group, operation and place within it that a message belongs to. No key is
@@ -37,6 +38,12 @@ struct FrameHeader {
 };
 static_assert(sizeof(FrameHeader) == 48);
 
+// Why a rank takes no further part in a group.
+enum class Closing : uint64_t {
+  kAborted,  // nobody can go on with it
+  kLeft,     // only those can not who need this rank
+};
+
 // Messages of up to this size are sent at once, into the eager window.
 constexpr size_t kEagerBytes = 16 * 1024;
 // Bytes (each message counts kMessageCost more) that a peer may have sent to us
@@ -50,5 +57,16 @@ constexpr size_t kChunkBytes = 256 * 1024;
 // Point-to-point messages have sequence numbers of their own, apart from those
 // of collectives.
 constexpr uint64_t kPointToPoint = uint64_t{1} << 63;
+// Above this bit is the generation of the group: it tells a group from another
+// of the same name and ranks that was closed before it, in the same epoch.
+constexpr int kGenerationShift = 40;
+
+constexpr uint64_t generationOf(uint64_t sequence) {
+  return (sequence & ~kPointToPoint) >> kGenerationShift;
+}
+// What people count.
+constexpr uint64_t numberOf(uint64_t sequence) {
+  return sequence & ((uint64_t{1} << kGenerationShift) - 1);
+}
 
 }  // namespace mnemosyne::ccl

@@ -6,8 +6,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
 #include <future>
+#include <span>
 #include <stdexcept>
+
+#include "common/sha256.h"
 
 namespace mnemosyne::ccl {
 namespace {
@@ -20,6 +24,15 @@ Fd makeEventFd() {
   Fd fd = Fd::make([] { return ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); });
   if (!fd) throwErrno("eventfd");
   return fd;
+}
+
+uint64_t tagOf(const std::string& secret) {
+  const std::string what = "tag of a job";
+  const Digest digest = hmacSha256(std::as_bytes(std::span(secret)),
+                                   std::as_bytes(std::span(what)));
+  uint64_t tag;
+  std::memcpy(&tag, digest.data(), sizeof(tag));
+  return tag;
 }
 
 void setEvent(int fd) {
@@ -50,6 +63,7 @@ Mesh::Mesh(uint64_t worker_id, std::string secret, const std::string& bind_host,
            bool use_shm)
     : worker_id_(worker_id),
       generation_(forkGeneration()),
+      job_tag_(tagOf(secret)),
       failure_fd_(makeEventFd()),
       connector_(loop_, *this, worker_id, std::move(secret), bind_host,
                  use_shm),
@@ -172,7 +186,9 @@ void Mesh::close() {
 
 // ---------------------------------------------------------------- membership
 
-int Mesh::moveTo(int64_t epoch, int rank, std::vector<Member> members) {
+// `dials_lost`: whether members whose link broke are dialled anew.
+int Mesh::moveTo(int64_t epoch, int rank, std::vector<Member> members,
+                 bool dials_lost) {
   if (epoch <= epoch_) {
     throw StaleEpoch("epoch " + std::to_string(epoch) + " is not newer than " +
                          std::to_string(epoch_),
@@ -180,8 +196,8 @@ int Mesh::moveTo(int64_t epoch, int rank, std::vector<Member> members) {
   }
   if (rank < 0 || rank >= static_cast<int>(members.size()) ||
       members[rank].worker_id != worker_id_) {
-    throw std::invalid_argument("rank " + std::to_string(rank) +
-                                " of the membership is not this worker");
+    throw ConfigError("rank " + std::to_string(rank) +
+                      " of the membership is not this worker");
   }
   for (const Member& member : members) Address::parse(member.address);
   abortAll(std::make_exception_ptr(
@@ -196,11 +212,12 @@ int Mesh::moveTo(int64_t epoch, int rank, std::vector<Member> members) {
     const uint64_t old_id = members_[r].worker_id;
     const auto it = peers_.find(old_id);
     const bool was_linked = it != peers_.end() && it->second->linkedAt() >= 0;
-    const bool is_broken = broken_.count(old_id) > 0;
+    const bool is_broken = dials_lost && broken_.count(old_id) > 0;
     if (was_linked && (old_id != members[r].worker_id || is_broken))
       replaced.push_back(static_cast<int>(r));
   }
 
+  stampSeats(members, epoch);
   epoch_ = epoch;
   rank_ = rank;
   members_ = std::move(members);
@@ -208,13 +225,18 @@ int Mesh::moveTo(int64_t epoch, int rank, std::vector<Member> members) {
   public_rank_ = rank_;
   public_size_ = static_cast<int>(members_.size());
   broken_.clear();
+  startClosedAnew();
+  closing_.clear();
+  missing_.clear();
   setFailure(nullptr);
 
   std::set<uint64_t> ids;
   for (const Member& member : members_) ids.insert(member.worker_id);
   closePeersWithout(ids);
   for (auto& [id, peer] : peers_) {
+    if (dials_lost) peer->is_excused = false;  // a membership of somebody's
     peer->fence();
+    sendClosed(*peer);
     onWork(*peer);  // what a peer that is ahead has sent can be read now
   }
   for (int r : replaced) dialIfNeeded(r);
@@ -378,6 +400,7 @@ void Mesh::onLinked(const Handshake& handshake, std::unique_ptr<Link> link) {
   ++counters_.links_opened;
   if (link->kind() == std::string("shm")) ++counters_.links_shm;
   peer.attach(std::move(link), handshake.peerEpoch(), handshake.ownEpoch());
+  sendClosed(peer);
 }
 
 void Mesh::onClosing(int fd) {

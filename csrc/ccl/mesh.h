@@ -62,6 +62,43 @@ class Mesh final : private Peer::Host, private Connector::Host {
   std::exception_ptr failure() const;
   void absorb(bool on);
 
+  // ---- groups (closing.cc)
+  // To be called once for each new group, before its first operation. Throws
+  // ConfigError if the membership has no such ranks.
+  void adopt(Group& group);
+  // As adopt(next); aborts `former`, which it replaces, where it was in use.
+  void replace(Group& former, Group& next);
+  // Ends the group's operations in flight, refuses new ones, and tells the
+  // other ranks; other groups go on. While failures are absorbed it fences the
+  // mesh instead, so that the step is redone. Nothing happens if the mesh is
+  // closed or inherited.
+  void abort(Group& group);
+  // Takes no new operations; when those in flight have ended, the others are
+  // told, and those of them that need this rank are refused.
+  void leave(Group& group);
+  // What operations of the group fail with now, or null.
+  std::exception_ptr failureOf(Group& group);
+
+  // ---- membership, for the verbs of groups
+  struct Membership {
+    int64_t epoch;
+    int rank;
+    std::vector<Member> members;
+  };
+  Membership membership();
+  // The same for all workers of a job, and of no other.
+  uint64_t jobTag() const { return job_tag_; }
+  uint64_t workerId() const { return worker_id_; }
+  // From here on only reconfigure() moves the mesh: its epochs are somebody's.
+  void lockMembership() { is_locked_ = true; }
+  bool isLocked() const { return is_locked_; }
+  // The death of these workers is expected: only who needs them fails.
+  void excuse(const std::vector<uint64_t>& worker_ids);
+  // Moves on with the same members: past a failure that is latched, or to the
+  // epoch in which one of them is already. False if there is neither, or if the
+  // membership is locked.
+  bool advance();
+
   void startRecording();
   std::string stopRecording();
   void startReplay(const std::string& log);
@@ -125,7 +162,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
 
   void start(Operation* op);
   void resume(Operation* op);
-  void finish(Operation* op, std::exception_ptr error);
+  void finish(Operation* op, std::exception_ptr error, bool may_absorb = true);
   void ready(Operation* op);
   void abortAll(const std::exception_ptr& error);
 
@@ -133,7 +170,9 @@ class Mesh final : private Peer::Host, private Connector::Host {
   void setFailure(std::exception_ptr error);
   void timeOut(Operation* op);
 
-  int moveTo(int64_t epoch, int rank, std::vector<Member> members);
+  int moveTo(int64_t epoch, int rank, std::vector<Member> members,
+             bool dials_lost = true);
+  void stampSeats(const std::vector<Member>& members, int64_t epoch);
   void closePeersWithout(const std::set<uint64_t>& ids);
   Peer& peerOf(uint64_t worker_id);
   Peer& peerOf(Operation& op, int group_rank);
@@ -142,6 +181,27 @@ class Mesh final : private Peer::Host, private Connector::Host {
   void bury(std::unique_ptr<Peer> peer);
   void beginClosing();
   bool isClosed() const;
+
+  // What is known of the groups of one id: those of the first generations are
+  // closed.
+  struct Closed {
+    uint64_t num_generations = 0;
+    Closing why = Closing::kAborted;
+    int rank = -1;  // who did it
+    bool is_ours = false;
+    bool is_replaced = false;  // nobody will use it again
+    bool is_open = false;      // the next generation is in use
+  };
+  void performIfOpen(const std::function<void()>& action);
+  void takeIn(Group& group);
+  bool hasClosed(const Group& group) const;
+  std::exception_ptr refusal(const Group& group) const;
+  Closed* closeGroup(uint64_t id, uint64_t generation, Closing why, int rank);
+  void startClosedAnew();
+  void endClosed();
+  void endThoseThatMiss(Peer& peer);
+  void sendClosed(Peer& peer);
+  static void sayClosed(Peer& peer, uint64_t id, const Closed& closed);
 
   void addTurn(Turn* turn);
   void removeTurn(Turn* turn);
@@ -154,6 +214,9 @@ class Mesh final : private Peer::Host, private Connector::Host {
   bool contradicts(const MessageKey& key, uint16_t signature) override;
   void onArrival(Peer& peer, const MessageKey& key) override;
   void onMismatch(Peer& peer, const std::string& what) override;
+  bool isClosed(const MessageKey& key) const override;
+  void onClose(Peer& peer, const MessageKey& key, Closing why) override;
+  void onMissed(Peer& peer, const MessageKey& key) override;
   void onNewerEpoch(Peer& peer, int64_t epoch) override;
   void onLost(Peer& peer, const std::string& why) override;
   void onWork(Peer& peer) override;
@@ -168,6 +231,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   // Constant after construction.
   const uint64_t worker_id_;
   const unsigned generation_;  // of the process that owns it
+  const uint64_t job_tag_;
   Fd failure_fd_;
   std::string address_;
 
@@ -180,6 +244,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   mutable std::mutex failure_mu_;
   std::exception_ptr failure_;  // guarded by failure_mu_
   std::mutex close_mu_;         // one thread closes
+  std::atomic<bool> is_locked_{false};
   std::atomic<int64_t> public_epoch_{-1};
   std::atomic<int> public_rank_{-1};
   std::atomic<int> public_size_{0};
@@ -209,7 +274,11 @@ class Mesh final : private Peer::Host, private Connector::Host {
   int rank_ = -1;
   std::vector<Member> members_;
   std::map<uint64_t, std::unique_ptr<Peer>> peers_;
+  std::vector<int64_t> seated_since_;  // epochs; see Group::seated_since
   std::set<uint64_t> broken_;  // members whose link was lost in this epoch
+  std::map<uint64_t, Closed> closed_;  // by group id
+  std::vector<uint64_t> closing_;      // groups with operations still to end
+  std::vector<uint64_t> missing_;      // workers that left a group just now
   bool has_failed_ = false;
   bool must_abort_ = false;  // has_failed_, and operations are still in flight
   bool absorbs_ = false;

@@ -65,6 +65,12 @@ std::vector<int> Operation::awaitedRanks() const {
   return ranks;
 }
 
+bool Operation::awaits(const Peer& peer) const {
+  for (Transfer* at = pending_; at != nullptr; at = at->op_next_)
+    if (at->peer_ == &peer) return true;
+  return false;
+}
+
 // ---------------------------------------------------------------- Transfer
 
 void Transfer::send(Operation& op, int group_rank, uint64_t tag,

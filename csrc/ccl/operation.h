@@ -104,6 +104,7 @@ class Operation : public Submission {
   void removePending(Transfer* transfer);
   // The ranks whose messages, or whose readiness, it waits for.
   std::vector<int> awaitedRanks() const;
+  bool awaits(const Peer& peer) const;
 
   Mesh* mesh_ = nullptr;
   Task task_;

@@ -33,6 +33,7 @@ void Peer::attach(std::unique_ptr<Link> link, int64_t their_epoch,
   in_header_bytes_ = in_left_ = 0;
   in_transfer_ = nullptr;
   in_to_ = nullptr;
+  in_early_ = in_counted_ = false;
   out_header_left_ = out_left_ = 0;
   out_transfer_ = nullptr;
   // The epoch moved on while hands were shaken.
@@ -63,7 +64,7 @@ void Peer::drop(const std::string& why) {
                   [](const auto& entry) { return entry.second.sender; }) ||
       std::any_of(inbound_.begin(), inbound_.end(),
                   [](const auto& entry) { return entry.second.receiver; });
-  if (!has_departed_ || is_needed) host_.onLost(*this, why);
+  if ((!has_departed_ && !is_excused) || is_needed) host_.onLost(*this, why);
 }
 
 void Peer::discard() {
@@ -78,6 +79,8 @@ void Peer::post(Transfer* transfer) {
   transfer->is_send_ ? postSend(transfer) : postRecv(transfer);
   if (state_ == State::kGone && transfer->is_pending_)
     host_.onLost(*this, has_departed_ ? "it has left" : "its link is gone");
+  else if (transfer->is_pending_ && hasLeft(transfer->key_))
+    host_.onMissed(*this, transfer->key_);
   host_.onWork(*this);
 }
 
@@ -144,13 +147,15 @@ void Peer::withdraw(Transfer* transfer) {
     out_transfer_ = nullptr;
     if (out_header_left_ == sizeof(FrameHeader)) {
       out_header_left_ = out_left_ = 0;
+      if (out_.credited) window_ += cost(out_.total);
     } else if (out_left_ > 0) {
       rest_.assign(out_from_, out_from_ + out_left_);
       out_from_ = rest_.data();
     }
     return;
   }
-  unlink(transfer);
+  if (unlink(transfer) && transfer->is_credited_)
+    window_ += cost(transfer->size_);
 }
 
 bool Peer::hasArrived(const MessageKey& key) const {
@@ -194,13 +199,15 @@ void Peer::enqueue(Transfer* transfer) {
   queue_last_ = transfer;
 }
 
-void Peer::unlink(Transfer* transfer) {
+bool Peer::unlink(Transfer* transfer) {
   Transfer* next = transfer->queue_next_;
   Transfer* previous = transfer->queue_previous_;
-  if (previous == nullptr && queue_first_ != transfer) return;  // not in it
+  if (previous == nullptr && queue_first_ != transfer)
+    return false;  // not in it
   (previous ? previous->queue_next_ : queue_first_) = next;
   (next ? next->queue_previous_ : queue_last_) = previous;
   transfer->queue_next_ = transfer->queue_previous_ = nullptr;
+  return true;
 }
 
 void Peer::control(FrameType type, const MessageKey& key, uint16_t signature,
@@ -221,8 +228,9 @@ void Peer::fence() {
   outbound_.clear();
   window_ = kWindowBytes;
   owed_ = early_bytes_ = 0;
+  left_.clear();
   in_to_ = nullptr;
-  in_early_ = false;
+  in_early_ = in_counted_ = false;
   control_.clear();
   control_sent_ = 0;
   if (state_ == State::kOpen) control(FrameType::kMarker, {}, 0, 0);
@@ -230,6 +238,43 @@ void Peer::fence() {
 
 void Peer::sayFarewell() {
   if (state_ == State::kOpen) control(FrameType::kFarewell, {}, 0, 0);
+}
+
+void Peer::sayClosed(uint64_t group, uint64_t generation, Closing why) {
+  if (state_ != State::kOpen) return;
+  control(FrameType::kClose, {group, generation << kGenerationShift, 0}, 0,
+          static_cast<uint64_t>(why));
+}
+
+void Peer::forget(uint64_t group) {
+  for (auto it = inbound_.begin(); it != inbound_.end();) {
+    const Inbound& in = it->second;
+    if (it->first.group != group || !host_.isClosed(it->first)) {
+      ++it;
+      continue;
+    }
+    if (in_early_ && in_.key == it->first) {
+      in_early_ = false;  // the rest of it is thrown away
+      in_to_ = nullptr;
+      in_counted_ = true;
+    } else if (in.is_complete) {
+      giveBack(in.total);
+    }
+    it = inbound_.erase(it);
+  }
+  std::erase_if(outbound_, [&](const auto& entry) {
+    return entry.first.group == group && host_.isClosed(entry.first);
+  });
+}
+
+bool Peer::hasLeft(const MessageKey& key) const {
+  const auto it = left_.find(key.group);
+  return it != left_.end() && generationOf(key.sequence) < it->second;
+}
+
+void Peer::setLeft(const MessageKey& key) {
+  uint64_t& generations = left_[key.group];
+  generations = std::max(generations, generationOf(key.sequence) + 1);
 }
 
 // ---------------------------------------------------------------- in and out
@@ -297,6 +342,13 @@ void Peer::onHeader() {
   }
   // Of an older epoch, or for operations that were cancelled.
   if (in_.epoch != host_.epoch() || host_.hasFailed()) return;
+  if (in_.type == FrameType::kClose) {
+    if (in_.total > static_cast<uint64_t>(Closing::kLeft))
+      return refuse("an unknown frame");
+    return host_.onClose(*this, in_.key, static_cast<Closing>(in_.total));
+  }
+  const bool is_credit = in_.type == FrameType::kCredit;
+  if (!is_data && !is_credit && host_.isClosed(in_.key)) return;
   switch (in_.type) {
     case FrameType::kData:
       return onData();
@@ -319,7 +371,9 @@ void Peer::onData() {
     early_bytes_ += cost(in_.total);
     if (in_.total != in_.payload_bytes || early_bytes_ > kWindowBytes)
       return refuse("data beyond the window");
+    in_counted_ = true;
   }
+  if (host_.isClosed(in_.key)) return;  // thrown away
   Inbound& in = inbound_[in_.key];
   if (!in.receiver && isForeign()) return;
   if (Transfer* transfer = in.receiver) {
@@ -337,6 +391,7 @@ void Peer::onData() {
   in.early.resize(in_.total);
   in_to_ = in.early.data();
   in_early_ = true;
+  in_counted_ = false;  // until somebody takes it
 }
 
 void Peer::onPayloadEnd() {
@@ -344,10 +399,11 @@ void Peer::onPayloadEnd() {
     transfer->moved_ += in_.payload_bytes;
     if (transfer->moved_ < transfer->size_) return;
     inbound_.erase(in_.key);
-    if (in_.credited) giveBack(in_.total);
+    if (std::exchange(in_counted_, false)) giveBack(in_.total);
     transfer->finish();
     return;
   }
+  if (std::exchange(in_counted_, false)) giveBack(in_.total);
   if (!std::exchange(in_early_, false)) return;
   const auto it = inbound_.find(in_.key);
   if (it == inbound_.end()) return;

@@ -40,6 +40,12 @@ class Peer final : public EventSink {
     // A point-to-point message that nobody has asked this peer for yet.
     virtual void onArrival(Peer& peer, const MessageKey& key) = 0;
     virtual void onMismatch(Peer& peer, const std::string& what) = 0;
+    // Whether this side's part in the message's group is over.
+    virtual bool isClosed(const MessageKey& key) const = 0;
+    // The peer's part is.
+    virtual void onClose(Peer& peer, const MessageKey& key, Closing why) = 0;
+    // A message to or from a peer that has left its group.
+    virtual void onMissed(Peer& peer, const MessageKey& key) = 0;
     virtual void onNewerEpoch(Peer& peer, int64_t epoch) = 0;
     // A pending or new message cannot be completed: the worker died, or left.
     virtual void onLost(Peer& peer, const std::string& why) = 0;
@@ -85,6 +91,14 @@ class Peer final : public EventSink {
   void fence();
   void sayFarewell();
 
+  // Tells the peer that our part in a group is over, and forgets its messages.
+  // Requires: no transfer of it is pending.
+  void sayClosed(uint64_t group, uint64_t generation, Closing why);
+  void forget(uint64_t group);
+  // Whether the peer has left the message's group in this epoch.
+  bool hasLeft(const MessageKey& key) const;
+  void setLeft(const MessageKey& key);
+
   void onEvents(uint32_t events) override;
   // Sends and receives what is possible now.
   void pump();
@@ -96,6 +110,8 @@ class Peer final : public EventSink {
 
   // In the mesh's list of peers to pump.
   bool is_listed = false;
+  // Its death is expected.
+  bool is_excused = false;
 
  private:
   // What is known of a message that is to be received.
@@ -118,7 +134,7 @@ class Peer final : public EventSink {
   void postSend(Transfer* transfer);
   void postRecv(Transfer* transfer);
   void enqueue(Transfer* transfer);
-  void unlink(Transfer* transfer);
+  bool unlink(Transfer* transfer);
   void control(FrameType type, const MessageKey& key, uint16_t signature,
                uint64_t total);
   bool fits(const Transfer& mine, uint64_t total, uint16_t signature);
@@ -148,6 +164,8 @@ class Peer final : public EventSink {
 
   std::unordered_map<MessageKey, Inbound, MessageKeyHash> inbound_;
   std::unordered_map<MessageKey, Outbound, MessageKeyHash> outbound_;
+  // How many generations of a group the peer has left.
+  std::unordered_map<uint64_t, uint64_t> left_;
   uint64_t window_ = kWindowBytes;  // what we may still send unasked
   uint64_t owed_ = 0;               // what the peer may send again, untold
   uint64_t early_bytes_ = 0;        // in the window it uses now
@@ -159,6 +177,7 @@ class Peer final : public EventSink {
   std::byte* in_to_ = nullptr;  // null: thrown away
   Transfer* in_transfer_ = nullptr;
   bool in_early_ = false;
+  bool in_counted_ = false;  // in early_bytes_, and nobody has given it back
 
   // The frame that is being sent.
   FrameHeader out_;

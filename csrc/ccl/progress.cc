@@ -215,12 +215,14 @@ bool Mesh::turnOnce() {
   if (is_broken_down_) return false;
   bool worked = runSubmissions();
   if (std::exchange(must_abort_, false)) abortAll(failure_);
+  endClosed();
   worked |= !ready_.empty() || !listed_.empty();
   resumeReady();
   pumpListed();
   connector_.settle();
   if (next_timeout_.expired()) checkDeadlines();
-  return worked || must_abort_ || !listed_.empty();
+  return worked || must_abort_ || !closing_.empty() || !missing_.empty() ||
+         !listed_.empty();
 }
 
 bool Mesh::runSubmissions() {
@@ -281,7 +283,7 @@ void Mesh::timeOut(Operation* op) {
   }
   latch(std::make_exception_ptr(CollectiveTimeout(
       std::string(name(op->kind)) + " of group " + op->group->name() +
-          " (sequence " + std::to_string(op->sequence_ & ~kPointToPoint) +
+          " (sequence " + std::to_string(numberOf(op->sequence_)) +
           ") did not finish within " + std::to_string(op->timeout.count()) +
           " ms; rank " + std::to_string(rank_) + " waits for ranks [" + ranks +
           "]",
@@ -312,7 +314,16 @@ void Mesh::start(Operation* op) {
                                      "told its epoch",
                                      -1, -1)));
   }
+  try {
+    if (op->group->seated_since.empty()) takeIn(*op->group);
+  } catch (const ConfigError&) {
+    return finish(op, std::current_exception(), false);
+  }
   op->group->enter(epoch_);
+  if (const std::exception_ptr error = refusal(*op->group)) {
+    // Not absorbed: no new epoch would mend it.
+    return finish(op, error, false);
+  }
   op->signature_ = signatureOf(*op);
   if (op->kind == Kind::kSend) {
     op->sequence_ = kPointToPoint | op->group->nextSend(op->root, op->tag)++;
@@ -325,6 +336,7 @@ void Mesh::start(Operation* op) {
   op->flight_next_ = flight_;
   if (flight_ != nullptr) flight_->flight_previous_ = op;
   flight_ = op;
+  ++op->group->num_in_flight;
   op->task_ = algorithmFor(*op);
   resume(op);
 }
@@ -345,18 +357,26 @@ void Mesh::ready(Operation* op) {
   ready_.push_back(op);
 }
 
-void Mesh::finish(Operation* op, std::exception_ptr error) {
+// `may_absorb`: whether the error may be kept from the user at all.
+void Mesh::finish(Operation* op, std::exception_ptr error, bool may_absorb) {
+  // While all that they point to is there still.
+  while (op->pending_ != nullptr) op->pending_->withdraw();
   op->task_.reset();
   Operation* next = op->flight_next_;
   Operation* previous = op->flight_previous_;
-  if (previous != nullptr || flight_ == op)
+  if (previous != nullptr || flight_ == op) {
     (previous ? previous->flight_next_ : flight_) = next;
+    Group& group = *op->group;
+    if (--group.num_in_flight == 0 && group.is_leaving)
+      closeGroup(group.id(), group.generation(), Closing::kLeft, rank_);
+  }
   if (next != nullptr) next->flight_previous_ = previous;
   if (op->is_ready_)
     std::replace(ready_.begin(), ready_.end(), op,
                  static_cast<Operation*>(nullptr));
 
-  const bool is_absorbed = error && absorbs_ && op->group->canAbsorb();
+  const bool is_absorbed =
+      error && may_absorb && absorbs_ && op->group->canAbsorb();
   if (is_absorbed) {
     ++counters_.absorbed;
     error = nullptr;

@@ -46,6 +46,18 @@ class CollectiveMismatch : public Error {
   using Error::Error;
 };
 
+// The operation's group was aborted or shut down, by this rank or another.
+class GroupAborted : public Error {
+ public:
+  using Error::Error;
+};
+
+// What the caller asks for breaks a rule; also a ValueError in Python.
+class ConfigError : public Error {
+ public:
+  explicit ConfigError(const std::string& what) : Error(what, -1, -1) {}
+};
+
 // Throws std::system_error with errno and what was tried.
 [[noreturn]] void throwErrno(const std::string& what);
 
