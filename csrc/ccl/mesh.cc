@@ -205,16 +205,22 @@ int Mesh::moveTo(int64_t epoch, int rank, std::vector<Member> members,
                      std::to_string(epoch_) + " to " + std::to_string(epoch),
                  -1, epoch_)));
 
-  // Which ranks were reached over a link that does not serve any more?
+  // Which ranks were reached over a link that does not serve any more? Not
+  // those whose workers have only changed places.
+  std::map<uint64_t, int> rank_of;
+  for (size_t r = 0; r < members.size(); ++r)
+    rank_of[members[r].worker_id] = static_cast<int>(r);
   std::vector<int> replaced;
-  const size_t both = std::min(members.size(), members_.size());
-  for (size_t r = 0; r < both; ++r) {
+  for (size_t r = 0; r < members_.size(); ++r) {
     const uint64_t old_id = members_[r].worker_id;
     const auto it = peers_.find(old_id);
-    const bool was_linked = it != peers_.end() && it->second->linkedAt() >= 0;
-    const bool is_broken = dials_lost && broken_.count(old_id) > 0;
-    if (was_linked && (old_id != members[r].worker_id || is_broken))
+    if (it == peers_.end() || it->second->linkedAt() < 0) continue;
+    const auto now = rank_of.find(old_id);
+    if (now != rank_of.end()) {
+      if (dials_lost && broken_.count(old_id)) replaced.push_back(now->second);
+    } else if (r < members.size() && members[r].worker_id != worker_id_) {
       replaced.push_back(static_cast<int>(r));
+    }
   }
 
   stampSeats(members, epoch);
