@@ -321,28 +321,12 @@ void MnemosyneBackend::setTimeout(std::chrono::milliseconds timeout) {
   timeout_ = timeout;
 }
 
-c10d::ErrorType MnemosyneBackend::getError() {
-  const std::exception_ptr error = mesh_->failure();
-  if (!error) return c10d::ErrorType::SUCCESS;
-  try {
-    std::rethrow_exception(error);
-  } catch (const CollectiveTimeout&) {
-    return c10d::ErrorType::TIMEOUT;
-  } catch (...) {
-    return c10d::ErrorType::COMM_ERROR;
-  }
-}
-
-void MnemosyneBackend::abort() {
-  mesh_->fence("group " + group_->name() + " was aborted", -1);
-}
-
 c10::intrusive_ptr<BackendWork> MnemosyneBackend::make(
     Kind kind, OpType type, const char* title, const Tensors& inputs,
     std::chrono::milliseconds timeout) {
   auto work = c10::make_intrusive<BackendWork>(getRank(), type, title, inputs);
   work->kind = kind;
-  work->group = group_;
+  work->group = group();
   work->timeout = timeout > Milliseconds(0) ? timeout : timeout_.load();
   return work;
 }

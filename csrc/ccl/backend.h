@@ -7,8 +7,13 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <set>
 #include <string>
+#include <unordered_map>
+#include <unordered_set>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>
@@ -68,6 +73,27 @@ class BackendWork final : public c10d::Work, public Operation {
   c10::intrusive_ptr<c10::ivalue::Future> future_;  // guarded by mutex_
 };
 
+// From torch 2.14 on these are c10d's own. docs/design.md, "Verbs".
+#ifdef C10D_BACKEND_HAS_RECONFIGURE
+using ReconfigureHandle = c10d::ReconfigureHandle;
+using ReconfigureOptions = c10d::ReconfigureOptions;
+#define MNEMOSYNE_OVERRIDE_2_14 override
+#else
+using ReconfigureHandle = std::string;
+struct ReconfigureOptions {
+  int64_t uuid = 0;  // names this instance of the group; never used twice
+  // In the order of the new ranks, or a set in which the order is up to us.
+  std::variant<std::unordered_set<ReconfigureHandle>,
+               std::vector<ReconfigureHandle>>
+      handles;
+  std::optional<std::chrono::milliseconds> timeout;
+  std::unordered_map<std::string, std::string> hints;  // we have none
+};
+#define MNEMOSYNE_OVERRIDE_2_14
+#endif
+
+struct Handle;
+
 // One process group. Thread-safe as far as c10d demands: operations of one
 // group are submitted in one order.
 class MnemosyneBackend final : public c10d::Backend {
@@ -76,8 +102,12 @@ class MnemosyneBackend final : public c10d::Backend {
   using TensorLists = std::vector<std::vector<at::Tensor>>;
   using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 
-  MnemosyneBackend(std::shared_ptr<Mesh> mesh, std::shared_ptr<Group> group)
+  // Requires: the mesh has adopted the group. `is_world`: it is the group of
+  // all, so that to reconfigure it is to reconfigure the mesh.
+  MnemosyneBackend(std::shared_ptr<Mesh> mesh, std::shared_ptr<Group> group,
+                   bool is_world)
       : c10d::Backend(group->rank(), group->size()),
+        is_world_(is_world),
         mesh_(std::move(mesh)),
         group_(std::move(group)),
         timeout_(group_->timeout()) {}
@@ -85,10 +115,30 @@ class MnemosyneBackend final : public c10d::Backend {
   const std::string getBackendName() const override { return "mnemosyne"; }
   c10::intrusive_ptr<Options> getBackendOptions() override;
   void setTimeout(std::chrono::milliseconds timeout) override;
-  void setSequenceNumberForGroup() override {}
-  uint64_t getSequenceNumberForGroup() override { return next_number_; }
+  // The group that it is now; reconfigure() puts another in its place.
+  std::shared_ptr<Group> group() const {
+    std::lock_guard<std::mutex> lock(group_mu_);
+    return group_;
+  }
+
+  // ---- verbs.cc
   c10d::ErrorType getError() override;
   void abort() override;
+  void shutdown() override;
+  bool supportsShrinking() const override { return true; }
+  c10::intrusive_ptr<c10d::Backend> shrink(
+      const std::vector<int64_t>& ranks_to_exclude, int shrink_flags,
+      const c10::intrusive_ptr<Options>& opts_override) override;
+  bool supportsReconfigure() const MNEMOSYNE_OVERRIDE_2_14 { return true; }
+  ReconfigureHandle get_reconfigure_handle() const MNEMOSYNE_OVERRIDE_2_14;
+  c10::intrusive_ptr<c10d::Work> reconfigure(const ReconfigureOptions& opts)
+      MNEMOSYNE_OVERRIDE_2_14;
+  // Goes on with other ranks of the mesh's membership, without talking to
+  // anybody: all members do it.
+  void reseat(std::vector<int> global_ranks);
+
+  void setSequenceNumberForGroup() override {}
+  uint64_t getSequenceNumberForGroup() override { return next_number_; }
   void startCoalescing() override;
   WorkPtr endCoalescing() override;
 
@@ -135,9 +185,18 @@ class MnemosyneBackend final : public c10d::Backend {
                                        std::chrono::milliseconds timeout);
   WorkPtr launch(c10::intrusive_ptr<BackendWork> work);
   void checkRank(const char* what, int64_t rank) const;
+  WorkPtr join(Milliseconds timeout, bool follows);
+  std::vector<int> moveMesh(const std::vector<Handle>& handles, int place);
+  std::vector<int> seatsOf(const std::vector<Handle>& handles) const;
+  void takeSeats(std::vector<int> global_ranks, int64_t uuid);
 
+  const bool is_world_;
   const std::shared_ptr<Mesh> mesh_;
-  const std::shared_ptr<Group> group_;
+  mutable std::mutex group_mu_;
+  std::shared_ptr<Group> group_;  // guarded by group_mu_
+  std::mutex verbs_mu_;           // one shrink or reconfigure at a time
+  std::set<int64_t> uuids_;       // guarded by verbs_mu_
+  int64_t num_shrinks_ = 0;       // guarded by verbs_mu_
   std::atomic<std::chrono::milliseconds> timeout_;
   // Of collectives: it is equal on all ranks, so messages do not count.
   std::atomic<uint64_t> next_number_{0};

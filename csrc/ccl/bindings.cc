@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
 #include <memory>
 #include <string>
 #include <vector>
@@ -37,6 +39,10 @@ py::object toPython(const std::exception_ptr& pointer) {
     return toPython("StaleEpoch", error);
   } catch (const CollectiveMismatch& error) {
     return toPython("CollectiveMismatch", error);
+  } catch (const GroupAborted& error) {
+    return toPython("GroupAborted", error);
+  } catch (const ConfigError& error) {
+    return toPython("ConfigError", error);
   } catch (const std::exception& error) {
     return py::module_::import("mnemosyne_plugin.errors")
         .attr("MnemosyneError")(error.what());
@@ -88,12 +94,23 @@ int reconfigure(Mesh& mesh, int64_t epoch, int rank,
 c10::intrusive_ptr<c10d::Backend> createGroup(std::shared_ptr<Mesh> mesh,
                                               const std::string& name,
                                               std::vector<int> ranks,
-                                              double timeout_s, bool absorb) {
+                                              double timeout_s, bool absorb,
+                                              bool is_world, int64_t uuid) {
   auto group = std::make_shared<Group>(name, std::move(ranks), mesh->rank(),
-                                       toMilliseconds(timeout_s), absorb);
+                                       toMilliseconds(timeout_s), absorb, uuid);
+  mesh->adopt(*group);
   return c10::make_intrusive<MnemosyneBackend>(std::move(mesh),
-                                               std::move(group));
+                                               std::move(group), is_world);
 }
+
+// Before torch 2.14 a ProcessGroup has a rank and a size of its own, beside
+// those of its backend, and they are constant.
+struct Place : c10d::ProcessGroup {
+  static void set(c10d::ProcessGroup& group, int rank, int size) {
+    const_cast<int&>(group.*(&Place::rank_)) = rank;
+    const_cast<int&>(group.*(&Place::size_)) = size;
+  }
+};
 
 }  // namespace
 }  // namespace mnemosyne::ccl
@@ -135,10 +152,36 @@ PYBIND11_MODULE(_C, m) {
              mesh.startReplay(text);
            })
       .def("stop_replay", &Mesh::stopReplay, NoGil())
+      .def("lock_membership", &Mesh::lockMembership)
       .def("counters", &Mesh::counters)
       .def("close", &Mesh::close, NoGil());
 
   py::class_<MnemosyneBackend, c10d::Backend,
-             c10::intrusive_ptr<MnemosyneBackend>>(m, "MnemosyneBackend");
+             c10::intrusive_ptr<MnemosyneBackend>>(m, "MnemosyneBackend")
+      .def_property_readonly("supports_reconfigure",
+                             &MnemosyneBackend::supportsReconfigure)
+      .def("get_reconfigure_handle", &MnemosyneBackend::get_reconfigure_handle,
+           NoGil())
+      .def("reconfigure", &MnemosyneBackend::reconfigure, py::arg("opts"),
+           NoGil())
+      .def("reseat", &MnemosyneBackend::reseat, py::arg("global_ranks"),
+           NoGil())
+      .def_property_readonly("global_ranks",
+                             [](const MnemosyneBackend& backend) {
+                               return backend.group()->globalRanks();
+                             });
   m.def("create_group", &createGroup, NoGil());
+#ifdef C10D_BACKEND_HAS_RECONFIGURE
+  m.attr("ReconfigureOptions") =
+      py::module_::import("torch._C._distributed_c10d")
+          .attr("ReconfigureOptions");
+#else
+  m.def("set_place", &Place::set);
+  py::class_<ReconfigureOptions>(m, "ReconfigureOptions")
+      .def(py::init<>())
+      .def_readwrite("uuid", &ReconfigureOptions::uuid)
+      .def_readwrite("handles", &ReconfigureOptions::handles)
+      .def_readwrite("timeout", &ReconfigureOptions::timeout)
+      .def_readwrite("hints", &ReconfigureOptions::hints);
+#endif
 }

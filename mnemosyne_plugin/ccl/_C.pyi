@@ -1,8 +1,9 @@
 """The native module, built from csrc/ccl; bindings.cc has its definitions."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 
-from torch._C._distributed_c10d import Backend
+from torch._C._distributed_c10d import Backend, ProcessGroup, Work
 
 from mnemosyne_plugin.errors import (
     CollectiveMismatch,
@@ -37,11 +38,36 @@ class Mesh:
     def stop_recording(self) -> bytes: ...
     def start_replay(self, log: bytes) -> None: ...
     def stop_replay(self) -> None: ...
+    def lock_membership(self) -> None: ...
     def counters(self) -> dict[str, int]: ...
     def close(self) -> None: ...
 
-class MnemosyneBackend(Backend): ...
+class ReconfigureOptions:
+    """torch's own from 2.14 on."""
+
+    uuid: int
+    handles: list[str] | set[str]
+    timeout: timedelta | None
+    hints: dict[str, str]
+
+class MnemosyneBackend(Backend):
+    @property
+    def supports_reconfigure(self) -> bool: ...
+    @property
+    def global_ranks(self) -> list[int]: ...
+    def get_reconfigure_handle(self) -> str: ...
+    def reconfigure(self, opts: ReconfigureOptions) -> Work: ...
+    def reseat(self, global_ranks: list[int]) -> None: ...
 
 def create_group(
-    mesh: Mesh, name: str, global_ranks: list[int], timeout_s: float, absorb: bool
+    mesh: Mesh,
+    name: str,
+    global_ranks: list[int],
+    timeout_s: float,
+    absorb: bool,
+    is_world: bool,
+    uuid: int,
 ) -> MnemosyneBackend: ...
+
+# Before torch 2.14 only.
+def set_place(group: ProcessGroup, rank: int, size: int) -> None: ...

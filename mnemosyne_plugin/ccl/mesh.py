@@ -96,6 +96,13 @@ class Mesh:
         """
         return self._native.reconfigure(epoch, rank, list(members))
 
+    def lock_membership(self) -> None:
+        """From here on no verb of a group moves the mesh, only ``reconfigure``.
+
+        For a job whose manager numbers the epochs.
+        """
+        self._native.lock_membership()
+
     def fence(self, reason: str, lost_rank: int = -1) -> None:
         """Latch a failure from outside: cancel all until the next ``reconfigure``."""
         self._native.fence(reason, lost_rank)
@@ -146,6 +153,8 @@ def create_group(
     global_ranks: Sequence[int],
     timeout_s: float,
     absorb: bool = True,
+    is_world: bool = False,
+    uuid: int = -1,
 ) -> Backend:
     """Return a c10d backend for a group that this process is a member of.
 
@@ -158,5 +167,9 @@ def create_group(
         timeout_s: for each of its operations.
         absorb: whether its failures may be absorbed, and its operations recorded
             and replayed. False for the groups that recovery itself uses.
+        is_world: whether to reconfigure it is to reconfigure the mesh.
+        uuid: tells it from others of the same name and ranks. Where it is left out,
+            all members must have made and closed as many of these.
     """
-    return _C.create_group(mesh._native, name, list(global_ranks), timeout_s, absorb)
+    ranks = list(global_ranks)
+    return _C.create_group(mesh._native, name, ranks, timeout_s, absorb, is_world, uuid)

@@ -123,13 +123,14 @@ class Manager:
 
     def start(self) -> None:
         """Join the mesh, and record the set-up or replay that of the dead worker."""
+        self.mesh.lock_membership()  # its epochs are the leader's
         self._agent.reconfigure(self._agent.membership)
         self._control = ControlGroup(self.mesh, self.world_size)
         if self._setup_log is None:
             self.mesh.start_recording()
         else:
             self.mesh.start_replay(self._setup_log)
-        ccl.register(lambda: self.mesh)
+        ccl.register(lambda: self.mesh, lambda: self.is_setting_up_alone)
         serve_process_groups(lambda: self.is_setting_up_alone)
         self._agent.start()
 

@@ -36,7 +36,7 @@ PURE_NEVER_IMPORTS = {
     *("pathlib", "select", "selectors", "signal", "datetime"),
 }
 BAD_NAMES = {"util", "utils", "helper", "helpers", "misc", "base", "core", "v2"}
-TORCH_FILES = {"backend.h", "backend.cc", "bindings.cc"}
+TORCH_FILES = {"backend.h", "backend.cc", "bindings.cc", "verbs.cc"}
 
 
 def modules() -> list[Path]:
