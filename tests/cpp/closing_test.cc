@@ -133,7 +133,8 @@ TEST(who_leaves_a_group_is_missed_by_those_who_need_it) {
   EXPECT_EQ(wanted->data[0][99'999], 9);
   // This one will never come.
   EXPECT(endsWith<PeerLost>(world.recv(groups[1], 0, 5, 4)));
-  EXPECT(endsWith<GroupAborted>(world.barrier(groups[2])));
+  // Rank 2 sees it by itself, or is told by rank 1, which has given up.
+  EXPECT(endsWith<mnemosyne::Error>(world.barrier(groups[2])));
   world.checkAllReduce(other, 10);
   // The same name again: all leave, all make it anew.
   for (int rank = 1; rank < kSize; ++rank)
@@ -154,8 +155,7 @@ TEST(who_does_not_need_the_one_that_left_goes_on) {
     out->wait();
     EXPECT_EQ(in->data[0][2], n);
   }
-  auto barrier = world.barrier(groups[0]);
-  EXPECT(endsWith<PeerLost>(barrier) || endsWith<GroupAborted>(barrier));
+  EXPECT(endsWith<mnemosyne::Error>(world.barrier(groups[0])));
 }
 
 // Ranks change hands, or mean other workers: only the first is the group's
