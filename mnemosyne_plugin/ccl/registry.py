@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 
 from mnemosyne_plugin.ccl.mesh import Mesh, create_group
 from mnemosyne_plugin.ccl.verbs import mesh_ranks_of_default_group
@@ -57,7 +58,7 @@ def _agree_on_uuid(options: Any, ranks: list[int], is_alone: bool) -> int:
     """
     # Disjoint groups of one name share a store.
     whose = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
-    store = dist.PrefixStore(f"mnemosyne/{whose}", options.store)
+    store = PrefixStore(f"mnemosyne/{whose}", options.store)
     count = store.add(f"made/{options.group_rank}", 0 if is_alone else 1)
     if options.group_rank == 0 and not is_alone:
         store.set(f"uuid/{count}", str(secrets.randbits(62)))
