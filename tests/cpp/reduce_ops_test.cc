@@ -2,8 +2,10 @@
 
 #include <bit>
 #include <cmath>
+#include <complex>
 #include <cstdint>
 #include <limits>
+#include <stdexcept>
 #include <vector>
 
 #include "test.h"
@@ -76,6 +78,42 @@ TEST(a_nan_wins_every_comparison) {
   EXPECT_EQ(combine(DataType::kFloat64, ReduceOp::kMax, 2.0, 1.0), 2.0);
 }
 
+TEST(the_first_of_two_nans_wins_sums_and_the_second_comparisons) {
+  const auto bits = [](ReduceOp op, uint32_t a, uint32_t b) {
+    return combine<uint32_t>(DataType::kFloat32, op, a, b);
+  };
+  constexpr uint32_t kOne = 0x3f800000;
+  for (ReduceOp op : {ReduceOp::kSum, ReduceOp::kProduct}) {
+    EXPECT_EQ(bits(op, 0x7fc00001, 0xffc00002), 0x7fc00001u);
+    EXPECT_EQ(bits(op, 0xffc00002, 0x7fc00001), 0xffc00002u);
+    EXPECT_EQ(bits(op, 0x7f800001, kOne), 0x7fc00001u);  // made quiet
+    EXPECT_EQ(bits(op, kOne, 0xff800001), 0xffc00001u);
+    EXPECT_EQ(half(DataType::kFloat16, op, 0x7c01, 0xfe02), 0x7e01);
+    EXPECT_EQ(half(DataType::kBfloat16, op, 0x7f81, 0xffc2), 0x7fc1);
+  }
+  for (ReduceOp op : {ReduceOp::kMin, ReduceOp::kMax}) {
+    EXPECT_EQ(bits(op, 0x7fc00001, 0xffc00002), 0xffc00002u);
+    EXPECT_EQ(bits(op, 0x7f800001, kOne), 0x7f800001u);  // only moved
+    EXPECT_EQ(half(DataType::kFloat16, op, 0x7c01, kHalfOne), 0x7e01);
+    EXPECT_EQ(half(DataType::kBfloat16, op, 0x3f80, 0xff81), 0xffc1);
+    EXPECT_EQ(bits(op, 0x80000000, 0), 0x80000000u);  // equal: the first
+    EXPECT_EQ(bits(op, 0, 0x80000000), 0u);
+    EXPECT_EQ(half(DataType::kFloat16, op, 0x8000, 0), 0x8000);
+  }
+}
+
+TEST(complex_numbers_are_multiplied_as_such_and_added_by_parts) {
+  using Complex = std::complex<double>;
+  const Complex a(1, 2), b(3, -4);
+  const DataType type = DataType::kComplex128;
+  EXPECT_EQ(combine(type, ReduceOp::kProduct, a, b), Complex(11, 2));
+  EXPECT_EQ(combine(type, ReduceOp::kSum, a, b), Complex(4, -2));
+  std::vector<std::complex<float>> values = {{2, 4}, {-6, 8}};
+  divide(DataType::kComplex64, values.data(), 2, 16);
+  EXPECT_EQ(values[0], std::complex<float>(1, 2));
+  EXPECT_EQ(values[1], std::complex<float>(-3, 4));
+}
+
 TEST(integers_wrap_and_averages_round_to_zero) {
   EXPECT_EQ(combine<int32_t>(DataType::kInt32, ReduceOp::kSum, INT32_MAX, 1),
             INT32_MIN);
@@ -87,6 +125,7 @@ TEST(integers_wrap_and_averages_round_to_zero) {
   EXPECT_EQ(values[1], 3);
   EXPECT_EQ(combine(DataType::kBool, ReduceOp::kSum, true, true), true);
   EXPECT_EQ(combine(DataType::kBool, ReduceOp::kProduct, true, false), false);
+  EXPECT_EQ(combine<uint8_t>(DataType::kBool, ReduceOp::kBitAnd, 2, 1), 1);
 }
 
 TEST(reductions_without_a_meaning_are_refused) {
@@ -94,6 +133,11 @@ TEST(reductions_without_a_meaning_are_refused) {
   EXPECT(!canReduce(DataType::kFloat32, ReduceOp::kBitAnd));
   EXPECT(!canReduce(DataType::kBytes, ReduceOp::kSum));
   EXPECT(canReduce(DataType::kComplex128, ReduceOp::kProduct));
+  float x = 1;
+  EXPECT_THROWS(std::logic_error, reduce(DataType::kFloat32, ReduceOp::kBitAnd,
+                                         &x, &x, &x, sizeof(x)));
+  EXPECT_THROWS(std::logic_error,
+                reduce(DataType::kBytes, ReduceOp::kSum, &x, &x, &x, 4));
 }
 
 }  // namespace mnemosyne::testing
