@@ -1,5 +1,7 @@
 #include "ccl/reduce_ops.h"
 
+#include <algorithm>
+#include <array>
 #include <complex>
 #include <cstring>
 #include <stdexcept>
@@ -123,6 +125,31 @@ void reduce(DataType type, ReduceOp op, void* out, const void* a, const void* b,
       return multiplyComplex<std::complex<double>>(out, a, b, num_bytes);
   }
   fastest().reduce(realType(type), op, out, a, b, num_bytes);
+}
+
+void reduceMany(DataType type, ReduceOp op, void* out,
+                const void* const* inputs, int count, size_t num_bytes) {
+  if (count == 1) {
+    std::memmove(out, inputs[0], num_bytes);
+    return;
+  }
+  // The partial result of a block stays in the first-level cache, beside what
+  // arrives. `out` is written to last, as it may be any of the inputs.
+  constexpr size_t kBlockBytes = 8 << 10;
+  alignas(64) std::array<std::byte, kBlockBytes> partial;
+  for (size_t offset = 0; offset < num_bytes; offset += kBlockBytes) {
+    const size_t size = std::min(kBlockBytes, num_bytes - offset);
+    const auto input = [&](int i) {
+      return static_cast<const std::byte*>(inputs[i]) + offset;
+    };
+    const std::byte* left = input(0);
+    for (int i = 1; i < count - 1; ++i) {
+      reduce(type, op, partial.data(), left, input(i), size);
+      left = partial.data();
+    }
+    reduce(type, op, static_cast<std::byte*>(out) + offset, left,
+           input(count - 1), size);
+  }
 }
 
 void divide(DataType type, void* data, int divisor, size_t num_bytes) {

@@ -52,6 +52,12 @@ bool canReduce(DataType type, ReduceOp op);
 void reduce(DataType type, ReduceOp op, void* out, const void* a, const void* b,
             size_t num_bytes);
 
+// out[i] = inputs[0][i] op inputs[1][i] op ..., from the left, in one pass over
+// memory. The bits are those of a chain of reduce(). `out` may be any of the
+// inputs, but not overlap them otherwise. Requires: count > 0.
+void reduceMany(DataType type, ReduceOp op, void* out,
+                const void* const* inputs, int count, size_t num_bytes);
+
 // data[i] /= divisor; integers round towards zero. Requires: divisor > 0.
 void divide(DataType type, void* data, int divisor, size_t num_bytes);
 
