@@ -129,6 +129,7 @@ void reduce(DataType type, ReduceOp op, void* out, const void* a, const void* b,
 
 void reduceMany(DataType type, ReduceOp op, void* out,
                 const void* const* inputs, int count, size_t num_bytes) {
+  if (num_bytes == 0) return;  // an empty tensor's pointer may be null
   if (count == 1) {
     std::memmove(out, inputs[0], num_bytes);
     return;

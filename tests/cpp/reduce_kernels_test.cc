@@ -1,5 +1,6 @@
 #include "ccl/reduce_kernels.h"
 
+#include <algorithm>
 #include <cstring>
 #include <random>
 #include <string>
@@ -68,7 +69,7 @@ class Unaligned {
   Unaligned(const Bytes& numbers, std::mt19937_64& random)
       : start_(kGuard + random() % 64), size_(numbers.size()) {
     all_.assign(start_ + size_ + kGuard, kUntouched);
-    std::memcpy(data(), numbers.data(), size_);
+    std::copy(numbers.begin(), numbers.end(), data());
   }
   std::byte* data() { return all_.data() + start_; }
   bool holds(const Bytes& numbers) const {

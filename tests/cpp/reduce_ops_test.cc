@@ -128,6 +128,14 @@ TEST(integers_wrap_and_averages_round_to_zero) {
   EXPECT_EQ(combine<uint8_t>(DataType::kBool, ReduceOp::kBitAnd, 2, 1), 1);
 }
 
+TEST(empty_buffers_may_be_null) {
+  const void* inputs[] = {nullptr, nullptr, nullptr};
+  for (int count = 1; count <= 3; ++count)
+    reduceMany(DataType::kFloat32, ReduceOp::kSum, nullptr, inputs, count, 0);
+  reduce(DataType::kBfloat16, ReduceOp::kSum, nullptr, nullptr, nullptr, 0);
+  divide(DataType::kFloat16, nullptr, 2, 0);
+}
+
 TEST(reductions_without_a_meaning_are_refused) {
   EXPECT(!canReduce(DataType::kComplex64, ReduceOp::kMax));
   EXPECT(!canReduce(DataType::kFloat32, ReduceOp::kBitAnd));
