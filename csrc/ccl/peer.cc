@@ -299,7 +299,9 @@ void Peer::receiveAll() {
       n = link_->read(to, sizeof(in_) - in_header_bytes_);
       in_header_bytes_ += n;
       host_.onBytes(0, n);
-      if (in_header_bytes_ < sizeof(in_)) break;
+      if (n == 0) break;
+      // Read on: the end may stand right behind, and makes no event of its own.
+      if (in_header_bytes_ < sizeof(in_)) continue;
       onHeader();
       if (!link_) return;
     } else {
