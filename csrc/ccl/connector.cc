@@ -115,11 +115,17 @@ void Connector::acceptAll(int listener, bool is_shm) {
     answers_.pop_front();
     host_.onRefused();
   }
+  if (!wouldBlock()) accept_at_ = Deadline::in(kRetryPause);
 }
 
 void Connector::dial(uint64_t worker_id, const std::string& address) {
-  Dial dial{Address::parse(address), Deadline::in(kDialTime), Deadline::never(),
-            0, nullptr};
+  Dial dial{Address::parse(address),
+            Deadline::in(kDialTime),
+            Deadline::never(),
+            0,
+            false,
+            {},
+            nullptr};
   attempt(worker_id,
           &dials_.insert_or_assign(worker_id, std::move(dial)).first->second);
 }
@@ -143,10 +149,9 @@ void Connector::cancelAll() {
 }
 
 void Connector::attempt(uint64_t worker_id, Dial* dial) {
-  const bool is_shm = !address_.unix_name.empty() &&
+  const bool is_shm = !dial->without_shm && !address_.unix_name.empty() &&
                       !dial->address.unix_name.empty() &&
                       dial->address.host_id == address_.host_id;
-  ++dial->attempts;
   Fd socket;
   try {
     socket = is_shm ? connectUnix(dial->address.unix_name)
@@ -155,18 +160,27 @@ void Connector::attempt(uint64_t worker_id, Dial* dial) {
     errno = EINVAL;  // not an address that this host can use
   }
   if (socket) {
+    ++dial->attempts;
+    dial->error.clear();
     dial->handshake = Handshake::dial(self_, std::move(socket), is_shm,
                                       worker_id, host_.epoch(), dial->deadline);
     loop_.watch(dial->handshake->fd(), dial->handshake.get());
     dial->retry_at = Deadline::never();
     return;
   }
-  // EAGAIN: a Unix listener whose queue is full. Anything else is final.
+  // A Unix listener whose queue is full, which is no fault: a busy machine may
+  // let it wait for longer than all attempts take. Anything else is final.
+  dial->error = std::strerror(errno);
   if (!wouldBlock()) dial->attempts = kMaxAttempts;
   dial->retry_at = Deadline::in(kRetryPause);
 }
 
 void Connector::settle() {
+  if (accept_at_.expired()) {
+    accept_at_ = Deadline::never();
+    acceptAll(tcp_->fd(), false);
+    if (unix_) acceptAll(unix_->fd(), true);
+  }
   settleAnswers();
   settleDials();
 }
@@ -212,18 +226,27 @@ void Connector::settleDials() {
         (dial.attempts >= kMaxAttempts &&
          (state == Handshake::State::kClosed || dial.retry_at.expired()));
     if (is_final) {
+      const std::string why =
+          !dial.error.empty() ? "no connection to it can be made: " + dial.error
+          : state == Handshake::State::kUnreachable
+              ? "nobody listens at its address"
+              : "it does not complete the handshake";
       bury(std::move(dial.handshake));
       it = dials_.erase(it);
-      host_.onDialFailed(worker_id, state == Handshake::State::kUnreachable
-                                        ? "nobody listens at its address"
-                                        : "it does not complete the handshake");
+      host_.onDialFailed(worker_id, why);
       continue;
     }
     if (state == Handshake::State::kClosed ||
+        state == Handshake::State::kNoMemory ||
         state == Handshake::State::kDuplicate) {
+      // Either side may lack memory to share, or a descriptor for it: the
+      // connection itself can carry what the memory would.
+      dial.without_shm |= state == Handshake::State::kNoMemory ||
+                          (state == Handshake::State::kClosed &&
+                           dial.handshake->hasOfferedMemory());
       bury(std::move(dial.handshake));
       // After kDuplicate the peer's own dial is on its way to us.
-      if (state == Handshake::State::kClosed)
+      if (state != Handshake::State::kDuplicate)
         dial.retry_at = Deadline::in(kRetryPause);
     } else if (dial.retry_at.expired()) {
       attempt(worker_id, &dial);
@@ -233,7 +256,7 @@ void Connector::settleDials() {
 }
 
 Deadline Connector::nextDeadline() const {
-  Deadline next = Deadline::never();
+  Deadline next = accept_at_;
   for (const auto& handshake : answers_)
     next = std::min(next, handshake->deadline());
   for (const auto& [worker_id, dial] : dials_)

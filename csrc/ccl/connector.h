@@ -81,6 +81,8 @@ class Connector {
     Deadline deadline;
     Deadline retry_at;
     int attempts = 0;
+    bool without_shm = false;  // there was no memory to share
+    std::string error;         // why the last attempt could not even start
     // None while it waits for the retry, or for the peer's own dial.
     std::unique_ptr<Handshake> handshake;
   };
@@ -99,6 +101,9 @@ class Connector {
   std::unique_ptr<Listener> unix_;
   std::map<uint64_t, Dial> dials_;
   std::list<std::unique_ptr<Handshake>> answers_;  // oldest first
+  // When to accept again what could not be accepted for want of descriptors:
+  // who waits in the queue already makes no new event.
+  Deadline accept_at_ = Deadline::never();
 };
 
 }  // namespace mnemosyne::ccl

@@ -186,7 +186,7 @@ void Handshake::onChallenge() {
   try {
     if (is_shm_) memory_.emplace(SharedMemory::create(shmLinkBytes()));
   } catch (const std::system_error&) {
-    state_ = State::kUnreachable;  // out of memory or descriptors
+    state_ = State::kNoMemory;  // or no descriptors
     return;
   }
   if (transmit(&proof_, sizeof(proof_), is_shm_ ? memory_->fd() : -1))

@@ -62,6 +62,7 @@ class Handshake final : public EventSink {
     kClosed,     // the peer went away; a new attempt may help
     kRefused,    // the peer is not one of us, or not the one we look for
     kUnreachable,
+    kNoMemory,  // there is none to share; over TCP it would work
   };
   struct Self {
     uint64_t worker_id;
@@ -87,6 +88,8 @@ class Handshake final : public EventSink {
   bool hasDialled() const { return has_dialled_; }
   const Deadline& deadline() const { return deadline_; }
   int fd() const { return socket_.get(); }
+  // Whether the peer was given memory that it has to map.
+  bool hasOfferedMemory() const { return has_dialled_ && memory_.has_value(); }
   // What the peer said, trustworthy once linked.
   uint64_t peerId() const { return peer_id_; }
   int64_t peerEpoch() const;
