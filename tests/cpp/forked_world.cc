@@ -96,7 +96,12 @@ Answer ForkedWorker::answer() {
   return answer;
 }
 
-void ForkedWorker::signal(int number) { ::kill(pid_, number); }
+void ForkedWorker::stop() {
+  ::kill(pid_, SIGSTOP);
+  ::waitpid(pid_, nullptr, WUNTRACED);
+}
+
+void ForkedWorker::resume() { ::kill(pid_, SIGCONT); }
 
 void ForkedWorker::kill() {
   if (pid_ < 0) return;

@@ -47,9 +47,17 @@ struct Usage {
   int64_t links_open;
   int64_t links_opened;
   int64_t bytes_sent;
+  int64_t bytes_received;
 };
 
-enum class Outcome : uint32_t { kDone, kPeerLost, kStale, kTimeout, kFailed };
+enum class Outcome : uint32_t {
+  kDone,
+  kPeerLost,
+  kStale,
+  kTimeout,
+  kWrongResult,  // what must never be
+  kFailed,
+};
 
 struct Answer {
   Outcome outcome = Outcome::kFailed;
@@ -78,7 +86,9 @@ class ForkedWorker {
   Answer answer();
   // Whether an answer, or its end, is there.
   bool hasAnswered(int timeout_ms);
-  void signal(int number);
+  // Stopped: returns once it is.
+  void stop();
+  void resume();
   void kill();
   // Asks it to end and returns its exit status.
   int end();

@@ -17,6 +17,17 @@
 namespace mnemosyne::testing {
 namespace {
 
+class WrongResult : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+void expectValue(int got, int wanted, size_t index) {
+  if (got == wanted) return;
+  throw WrongResult("element " + std::to_string(index) + " is " +
+                    std::to_string(got) + ", not " + std::to_string(wanted));
+}
+
 class Worker {
  public:
   Worker(int pipe, uint64_t id, bool use_shm)
@@ -61,6 +72,8 @@ class Worker {
       failed(Outcome::kStale, error, error.rank());
     } catch (const CollectiveTimeout& error) {
       failed(Outcome::kTimeout, error, error.rank());
+    } catch (const WrongResult& error) {
+      failed(Outcome::kWrongResult, error, -1);
     } catch (const std::exception& error) {
       failed(Outcome::kFailed, error, -1);
     }
@@ -146,7 +159,7 @@ class Worker {
       const std::vector<int>& values = ops[number]->data[0];
       for (size_t i = 0; i < values.size(); ++i) {
         const int sum = size * (valueOf(0, i) + number) + size * (size - 1) / 2;
-        EXPECT_EQ(values[i], sum);
+        expectValue(values[i], sum, i);
       }
     }
   }
@@ -161,7 +174,7 @@ class Worker {
       op->outputs.push_back(op->own({-1}));
     run(op, request);
     for (int rank = 0; rank < size; ++rank)
-      EXPECT_EQ(op->data[size + rank][0], valueOf(rank, mesh_.rank()));
+      expectValue(op->data[size + rank][0], valueOf(rank, mesh_.rank()), 0);
   }
 
   void receive(const Request& request) {
@@ -170,7 +183,7 @@ class Worker {
     op->outputs = {op->own(std::vector<int>(request.count, -1))};
     run(op, request);
     for (size_t i = 0; i < request.count; ++i)
-      EXPECT_EQ(op->data[0][i], valueOf(request.peer, i));
+      expectValue(op->data[0][i], valueOf(request.peer, i), i);
   }
 
   void send(const Request& request) {
@@ -192,10 +205,11 @@ class Worker {
         fields[line.substr(0, colon)] = std::atoll(&line[colon + 1]);
     }
     auto counters = mesh_.counters();
-    return {fields["RssAnon"] * 1024, fields["RssShmem"] * 1024,
-            fields["VmSize"] * 1024,  countFds(),
-            fields["Threads"],        counters["links_open"],
-            counters["links_opened"], counters["bytes_sent"]};
+    return {fields["RssAnon"] * 1024,  fields["RssShmem"] * 1024,
+            fields["VmSize"] * 1024,   countFds(),
+            fields["Threads"],         counters["links_open"],
+            counters["links_opened"],  counters["bytes_sent"],
+            counters["bytes_received"]};
   }
 
   static int64_t countFds() {
