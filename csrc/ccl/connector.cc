@@ -56,6 +56,13 @@ std::string hostId() {
   return hex(digest.data(), 8);
 }
 
+// Descriptors and memory may be free again a moment later: a handshake that we
+// answer holds some.
+bool mayPass(int error) {
+  return error == EMFILE || error == ENFILE || error == ENOBUFS ||
+         error == ENOMEM;
+}
+
 std::string randomName() {
   std::array<std::byte, 12> bytes;
   if (::getrandom(bytes.data(), bytes.size(), 0) !=
@@ -152,6 +159,7 @@ void Connector::attempt(uint64_t worker_id, Dial* dial) {
   const bool is_shm = !dial->without_shm && !address_.unix_name.empty() &&
                       !dial->address.unix_name.empty() &&
                       dial->address.host_id == address_.host_id;
+  ++dial->attempts;
   Fd socket;
   try {
     socket = is_shm ? connectUnix(dial->address.unix_name)
@@ -160,7 +168,6 @@ void Connector::attempt(uint64_t worker_id, Dial* dial) {
     errno = EINVAL;  // not an address that this host can use
   }
   if (socket) {
-    ++dial->attempts;
     dial->error.clear();
     dial->handshake = Handshake::dial(self_, std::move(socket), is_shm,
                                       worker_id, host_.epoch(), dial->deadline);
@@ -168,10 +175,15 @@ void Connector::attempt(uint64_t worker_id, Dial* dial) {
     dial->retry_at = Deadline::never();
     return;
   }
-  // A Unix listener whose queue is full, which is no fault: a busy machine may
-  // let it wait for longer than all attempts take. Anything else is final.
-  dial->error = std::strerror(errno);
-  if (!wouldBlock()) dial->attempts = kMaxAttempts;
+  const int error = errno;
+  dial->error = std::strerror(error);
+  if (error == EAGAIN) {
+    // A Unix listener whose queue is full, which is no fault: a busy machine
+    // may let it wait for longer than all attempts take.
+    --dial->attempts;
+  } else if (!mayPass(error)) {
+    dial->attempts = kMaxAttempts;
+  }
   dial->retry_at = Deadline::in(kRetryPause);
 }
 
@@ -199,6 +211,7 @@ void Connector::settleAnswers() {
       cancel(handshake.peerId());
       host_.onLinked(handshake, handshake.takeLink());
     } else if (state == Handshake::State::kRefused ||
+               state == Handshake::State::kNotAMember ||
                state == Handshake::State::kBusy) {
       host_.onRefused();
     }
@@ -222,7 +235,8 @@ void Connector::settleDials() {
     }
     const bool is_final =
         state == Handshake::State::kUnreachable ||
-        state == Handshake::State::kRefused || dial.deadline.expired() ||
+        state == Handshake::State::kRefused ||
+        state == Handshake::State::kNotAMember || dial.deadline.expired() ||
         (dial.attempts >= kMaxAttempts &&
          (state == Handshake::State::kClosed || dial.retry_at.expired()));
     if (is_final) {
@@ -230,6 +244,8 @@ void Connector::settleDials() {
           !dial.error.empty() ? "no connection to it can be made: " + dial.error
           : state == Handshake::State::kUnreachable
               ? "nobody listens at its address"
+          : state == Handshake::State::kNotAMember
+              ? "it does not take this worker for a member, or is leaving"
               : "it does not complete the handshake";
       bury(std::move(dial.handshake));
       it = dials_.erase(it);

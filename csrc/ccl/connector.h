@@ -32,9 +32,8 @@ class Connector {
    public:
     virtual ~Host() = default;
     virtual int64_t epoch() const = 0;
-    // Whether a link that this worker dialled may be made. No: our own dial, or
-    // the link that we have, stands.
-    virtual bool admits(uint64_t worker_id, int64_t its_epoch) = 0;
+    // Whether a link that this worker dialled may be made.
+    virtual Verdict admits(uint64_t worker_id, int64_t its_epoch) = 0;
     virtual void onLinked(const Handshake& handshake,
                           std::unique_ptr<Link> link) = 0;
     virtual void onDialFailed(uint64_t worker_id, const std::string& why) = 0;

@@ -206,12 +206,11 @@ void Handshake::onProof() {
     }
     memory_.emplace(std::move(*memory));
   }
-  const bool admitted = admit_(peer_id_, hello_.epoch);
-  verdict_ = admitted ? Verdict::kAccepted : Verdict::kDuplicate;
-  if (!transmit(&verdict_, sizeof(verdict_))) return;
-  state_ = admitted ? State::kLinked : State::kDuplicate;
+  verdict_ = admit_(peer_id_, hello_.epoch);
+  if (transmit(&verdict_, sizeof(verdict_))) onVerdict();
 }
 
+// Given or received.
 void Handshake::onVerdict() {
   switch (verdict_) {
     case Verdict::kAccepted:
@@ -219,6 +218,9 @@ void Handshake::onVerdict() {
       return;
     case Verdict::kDuplicate:
       state_ = State::kDuplicate;
+      return;
+    case Verdict::kNotAMember:
+      state_ = State::kNotAMember;
       return;
   }
   state_ = State::kRefused;

@@ -4,7 +4,8 @@
 //      | hello: who, to whom, epoch, nonce ->|
 //      |<- challenge: epoch, nonce, HMAC     |   knows the secret
 //      | proof: HMAC [, shared memory]     ->|   knows the secret
-//      |<- verdict                           |   or: "our own dial stands"
+//      |<- verdict                           |   or: "our own dial stands",
+//                                                or: "you are not a member"
 //
 // Both HMACs cover hello and challenge, so neither can be replayed, reflected
 // or moved to another connection. Every message has a fixed size: a stranger
@@ -45,7 +46,11 @@ struct Challenge {
 };
 static_assert(sizeof(Challenge) == 72);
 
-enum class Verdict : uint8_t { kAccepted = 1, kDuplicate = 2 };
+enum class Verdict : uint8_t {
+  kAccepted = 1,
+  kDuplicate = 2,   // wait for my own dial, or use the link that we have
+  kNotAMember = 3,  // of my epoch, or I am leaving: do not wait
+};
 
 Digest challengeMac(const std::string& secret, const Hello& hello,
                     const Challenge& challenge);
@@ -62,6 +67,7 @@ class Handshake final : public EventSink {
     kClosed,     // the peer went away; a new attempt may help
     kRefused,    // the peer is not one of us, or not the one we look for
     kUnreachable,
+    kNotAMember,
     kNoMemory,  // there is none to share; over TCP it would work
   };
   struct Self {
@@ -70,7 +76,7 @@ class Handshake final : public EventSink {
   };
 
   // Called with the dialler's id and epoch once it has proved who it is.
-  using Admit = std::function<bool(uint64_t worker_id, int64_t epoch)>;
+  using Admit = std::function<Verdict(uint64_t worker_id, int64_t epoch)>;
 
   // Requires: `self` outlives the handshake.
   static std::unique_ptr<Handshake> dial(const Self& self, Fd socket,

@@ -386,16 +386,20 @@ void Mesh::onNewerEpoch(Peer& peer, int64_t epoch) {
 
 // ---------------------------------------------------------------- connections
 
-bool Mesh::admits(uint64_t worker_id, int64_t its_epoch) {
-  if (close_by_ < Deadline::never()) return false;
+Verdict Mesh::admits(uint64_t worker_id, int64_t its_epoch) {
+  if (close_by_ < Deadline::never()) return Verdict::kNotAMember;
+  const auto decide = [](bool is_let_in) {
+    return is_let_in ? Verdict::kAccepted : Verdict::kDuplicate;
+  };
   const auto it = peers_.find(worker_id);
   if (it != peers_.end() && it->second->state() == Peer::State::kOpen) {
     // It would not dial if it still had its end, so ours is dead without our
     // having noticed; or its dial crossed ours, in the same epoch.
-    return its_epoch > it->second->linkedAt();
+    return decide(its_epoch > it->second->linkedAt());
   }
-  if (connector_.isDialling(worker_id)) return worker_id < worker_id_;
-  return rankOf(worker_id) >= 0 || its_epoch > epoch_;
+  if (connector_.isDialling(worker_id)) return decide(worker_id < worker_id_);
+  return rankOf(worker_id) >= 0 || its_epoch > epoch_ ? Verdict::kAccepted
+                                                      : Verdict::kNotAMember;
 }
 
 void Mesh::onLinked(const Handshake& handshake, std::unique_ptr<Link> link) {

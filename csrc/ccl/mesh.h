@@ -222,7 +222,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   void onWork(Peer& peer) override;
   void onClosing(int fd) override;
   void onBytes(size_t sent, size_t received) override;
-  bool admits(uint64_t worker_id, int64_t its_epoch) override;
+  Verdict admits(uint64_t worker_id, int64_t its_epoch) override;
   void onLinked(const Handshake& handshake,
                 std::unique_ptr<Link> link) override;
   void onDialFailed(uint64_t worker_id, const std::string& why) override;

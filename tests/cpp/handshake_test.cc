@@ -169,7 +169,7 @@ TEST(a_worker_that_is_no_member_is_not_let_in) {
   zombie.say(&proof, sizeof(proof));
   Verdict verdict;
   EXPECT(zombie.hear(&verdict, sizeof(verdict)));
-  EXPECT(verdict == Verdict::kDuplicate);
+  EXPECT(verdict == Verdict::kNotAMember);
   EXPECT(zombie.isRefused());
   checkUndisturbed(world, groups);
 }
