@@ -32,6 +32,8 @@ Task algorithmFor(Operation& op) {
     case Kind::kRecv:
     case Kind::kRecvAny:
       return receiveMessage(op);
+    case Kind::kAllGatherUnequal:
+      return allGatherUnequal(op);
   }
   throw std::logic_error("unknown kind of operation");
 }

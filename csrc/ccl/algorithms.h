@@ -17,6 +17,7 @@ Task allReduce(Operation& op);
 Task reduceToRoot(Operation& op);
 Task reduceScatter(Operation& op);
 Task allGather(Operation& op);
+Task allGatherUnequal(Operation& op);
 Task broadcast(Operation& op);
 Task gather(Operation& op);
 Task scatter(Operation& op);

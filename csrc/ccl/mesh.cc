@@ -170,6 +170,25 @@ std::map<std::string, int64_t> Mesh::counters() const {
           {"failures", counters_.failures}};
 }
 
+std::vector<Mesh::Pending> Mesh::pending() {
+  std::vector<Pending> all;
+  perform([&] {
+    const auto bytesOf = [](const std::vector<Buffer>& buffers) {
+      size_t total = 0;
+      for (const Buffer& buffer : buffers) total += buffer.size;
+      return total;
+    };
+    for (Operation* op = flight_; op != nullptr; op = op->flight_next_) {
+      all.push_back(
+          {op, op->kind, op->group->name(), op->sequence_ & ~kPointToPoint,
+           std::max(bytesOf(op->inputs), bytesOf(op->outputs)),
+           op->deadline_.since(op->timeout), op->timeout, op->awaitedRanks()});
+    }
+  });
+  std::reverse(all.begin(), all.end());
+  return all;
+}
+
 void Mesh::close() {
   checkOwner();
   std::lock_guard<std::mutex> closing(close_mu_);

@@ -116,6 +116,20 @@ class Mesh final : private Peer::Host, private Connector::Host {
   // to sleep. For a thread that is about to wait for an operation.
   void help(const std::atomic<bool>& is_over);
 
+  // An operation in flight. Ranks are global.
+  struct Pending {
+    const Operation* operation;  // only to be compared
+    Kind kind;
+    std::string group;
+    uint64_t sequence;
+    size_t num_bytes;
+    Milliseconds age;
+    Milliseconds timeout;
+    std::vector<int> waits_for;
+  };
+  // What is in flight now, oldest first.
+  std::vector<Pending> pending();
+
   // Ends all operations and says farewell. Can be called again.
   void close();
 

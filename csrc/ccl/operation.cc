@@ -35,8 +35,17 @@ const char* name(Kind kind) {
       return "receive";
     case Kind::kRecvAny:
       return "receive from any";
+    case Kind::kAllGatherUnequal:
+      return "all-gather of unequal shares";
   }
   return "unknown operation";
+}
+
+std::string joined(const std::vector<int>& ranks) {
+  std::string text;
+  for (const int rank : ranks)
+    text += (text.empty() ? "" : ", ") + std::to_string(rank);
+  return text;
 }
 
 void Operation::run(Mesh& mesh) { mesh.start(this); }
@@ -60,6 +69,12 @@ std::vector<int> Operation::awaitedRanks() const {
   std::vector<int> ranks;
   for (Transfer* at = pending_; at != nullptr; at = at->op_next_)
     ranks.push_back(mesh_->rankOf(at->peer_->workerId()));
+  // A receive that does not know yet whose message it gets.
+  const bool is_recv = kind == Kind::kRecv || kind == Kind::kRecvAny;
+  if (is_recv && pending_ == nullptr)
+    for (int rank = 0; rank < size(); ++rank)
+      if (rank != this->rank() && (kind == Kind::kRecvAny || rank == root))
+        ranks.push_back(group->globalRank(rank));
   std::sort(ranks.begin(), ranks.end());
   ranks.erase(std::unique(ranks.begin(), ranks.end()), ranks.end());
   return ranks;

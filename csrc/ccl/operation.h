@@ -33,9 +33,12 @@ enum class Kind : uint8_t {
   kSend,
   kRecv,
   kRecvAny,
+  kAllGatherUnequal,
 };
 
 const char* name(Kind kind);
+// "1, 2, 5"
+std::string joined(const std::vector<int>& ranks);
 
 struct Buffer {
   std::byte* data = nullptr;
@@ -66,6 +69,8 @@ class Submission {
 //   scatter          outputs[0]; at the root also inputs: one per rank
 //   all-to-all       inputs and outputs: one per rank
 //   send, recv       inputs[0], outputs[0]
+//   all-gather of unequal shares: inputs[0]; it makes the outputs itself, one
+//                    per rank, in memory that the operation keeps
 class Operation : public Submission {
  public:
   Kind kind = Kind::kBarrier;
@@ -77,7 +82,13 @@ class Operation : public Submission {
   int root = 0;  // rank within the group; the peer of a send or receive
   uint64_t tag = 0;
   Milliseconds timeout{0};
+  // What else all ranks must have in common, hashed; for a message, its two
+  // ends. A rank that differs is told so.
+  uint64_t agreed = 0;
 
+  std::unique_ptr<std::byte[]> gathered;  // of unequal shares
+  // Whom it waited for when its time was over; set before complete().
+  std::vector<int> late_ranks;
   int source_rank = -1;  // of what was received; set before complete()
 
   // ---- for algorithms, on the progress thread

@@ -168,7 +168,7 @@ bool Peer::fits(const Transfer& mine, uint64_t total, uint16_t signature) {
   if (mine.size_ == total && mine.op_signature() == signature) return true;
   control(FrameType::kReject, mine.key_, mine.op_signature(), mine.size_);
   host_.onMismatch(*this, mine.size_ == total
-                              ? "it runs another operation, type or root"
+                              ? "it runs another operation, type, size or root"
                               : "its message has " + std::to_string(total) +
                                     " bytes, ours " +
                                     std::to_string(mine.size_));
@@ -181,7 +181,7 @@ bool Peer::fits(const Transfer& mine, uint64_t total, uint16_t signature) {
 bool Peer::isForeign() {
   if (!host_.contradicts(in_.key, in_.signature)) return false;
   control(FrameType::kReject, in_.key, 0, in_.total);
-  host_.onMismatch(*this, "it runs another operation, type or root");
+  host_.onMismatch(*this, "it runs another operation, type, size or root");
   return true;
 }
 

@@ -22,21 +22,22 @@ constexpr std::chrono::microseconds kPatience{1000};
 // epoll_wait.
 constexpr Milliseconds kHelpersPause{1};
 
-// All ranks compute the same from what they were asked to do.
+bool isMessage(const Operation& op) {
+  return op.kind == Kind::kSend || op.kind == Kind::kRecv ||
+         op.kind == Kind::kRecvAny;
+}
+
+// All ranks compute the same from what they were asked to do; so do both ends
+// of a message.
 uint16_t signatureOf(const Operation& op) {
-  switch (op.kind) {
-    case Kind::kSend:
-    case Kind::kRecv:
-    case Kind::kRecvAny:
-      return 0;
-    default:
-      break;
+  uint64_t mixed = op.agreed;
+  if (!isMessage(op)) {
+    for (const auto part :
+         {static_cast<uint64_t>(op.kind), static_cast<uint64_t>(op.type),
+          static_cast<uint64_t>(op.reduce_op), static_cast<uint64_t>(op.root)})
+      mixed = (mixed ^ part) * 0x9e3779b97f4a7c15 + 1;
   }
-  uint32_t mixed = static_cast<uint32_t>(op.kind);
-  mixed = mixed * 31 + static_cast<uint32_t>(op.type);
-  mixed = mixed * 31 + static_cast<uint32_t>(op.reduce_op);
-  mixed = mixed * 31 + static_cast<uint32_t>(op.root);
-  return static_cast<uint16_t>(mixed ^ mixed >> 16);
+  return static_cast<uint16_t>(mixed >> 48 ^ mixed >> 32 ^ mixed >> 16 ^ mixed);
 }
 
 bool isPureOutput(const Operation& op) {
@@ -275,19 +276,16 @@ void Mesh::checkDeadlines() {
 }
 
 void Mesh::timeOut(Operation* op) {
-  std::string ranks;
-  int first = -1;
-  for (int rank : op->awaitedRanks()) {
-    if (first < 0) first = rank;
-    ranks += (ranks.empty() ? "" : ", ") + std::to_string(rank);
-  }
-  latch(std::make_exception_ptr(CollectiveTimeout(
+  op->late_ranks = op->awaitedRanks();
+  const auto error = std::make_exception_ptr(CollectiveTimeout(
       std::string(name(op->kind)) + " of group " + op->group->name() +
           " (sequence " + std::to_string(numberOf(op->sequence_)) +
-          ") did not finish within " + std::to_string(op->timeout.count()) +
-          " ms; rank " + std::to_string(rank_) + " waits for ranks [" + ranks +
-          "]",
-      first, epoch_)));
+          "): Timed out waiting " + std::to_string(op->timeout.count()) +
+          "ms; rank " + std::to_string(rank_) + " waits for ranks [" +
+          joined(op->late_ranks) + "]",
+      op->late_ranks.empty() ? -1 : op->late_ranks[0], epoch_));
+  // It was asked who is missing: that somebody is, is its answer.
+  op->kind == Kind::kMonitoredBarrier ? finish(op, error) : latch(error);
 }
 
 // ---------------------------------------------------------------- operations
@@ -327,7 +325,11 @@ void Mesh::start(Operation* op) {
   op->signature_ = signatureOf(*op);
   if (op->kind == Kind::kSend) {
     op->sequence_ = kPointToPoint | op->group->nextSend(op->root, op->tag)++;
-  } else if (op->kind != Kind::kRecv && op->kind != Kind::kRecvAny) {
+  } else if (isMessage(*op)) {
+    // Its number comes with its turn. Until then it must not be taken for the
+    // group's first collective.
+    op->sequence_ = kPointToPoint;
+  } else {
     op->sequence_ = op->group->nextSequence();
   }
   op->deadline_ = Deadline::in(op->timeout);

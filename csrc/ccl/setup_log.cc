@@ -73,7 +73,8 @@ size_t SetupLog::reserve(const Operation& op) {
 
 void SetupLog::record(const Operation& op, size_t place) {
   const size_t total = resultBytes(op);
-  if (total > kMaxResultBytes) return;
+  // Nor can it be told before whether a newcomer has room for unequal shares.
+  if (total > kMaxResultBytes || op.kind == Kind::kAllGatherUnequal) return;
   // Not there if the recording was started anew in between.
   auto& entries = groups_[op.group->name()].entries;
   if (place >= entries.size() || entries[place].kind != op.kind) return;
