@@ -1,154 +1,19 @@
 #include "ccl/backend.h"
 
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/List.h>
 #include <ATen/core/ivalue.h>
 #include <c10/core/GradMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include <torch/csrc/distributed/c10d/Utils.hpp>
-
-#include <cstring>
+#include <algorithm>
 #include <utility>
+
+#include "ccl/backend_tensors.h"
 
 namespace mnemosyne::ccl {
 namespace {
 
 using c10d::OpType;
-
-DataType dataTypeOf(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kBool:
-      return DataType::kBool;
-    case at::kChar:
-      return DataType::kInt8;
-    case at::kByte:
-      return DataType::kUint8;
-    case at::kShort:
-      return DataType::kInt16;
-    case at::kInt:
-      return DataType::kInt32;
-    case at::kLong:
-      return DataType::kInt64;
-    case at::kHalf:
-      return DataType::kFloat16;
-    case at::kBFloat16:
-      return DataType::kBfloat16;
-    case at::kFloat:
-      return DataType::kFloat32;
-    case at::kDouble:
-      return DataType::kFloat64;
-    case at::kComplexFloat:
-      return DataType::kComplex64;
-    case at::kComplexDouble:
-      return DataType::kComplex128;
-    default:
-      return DataType::kBytes;
-  }
-}
-
-ReduceOp reduceOpOf(const c10d::ReduceOp& op) {
-  switch (op.op_) {
-    case c10d::ReduceOp::SUM:
-      return ReduceOp::kSum;
-    case c10d::ReduceOp::AVG:
-      return ReduceOp::kAverage;
-    case c10d::ReduceOp::PRODUCT:
-      return ReduceOp::kProduct;
-    case c10d::ReduceOp::MIN:
-      return ReduceOp::kMin;
-    case c10d::ReduceOp::MAX:
-      return ReduceOp::kMax;
-    case c10d::ReduceOp::BAND:
-      return ReduceOp::kBitAnd;
-    case c10d::ReduceOp::BOR:
-      return ReduceOp::kBitOr;
-    case c10d::ReduceOp::BXOR:
-      return ReduceOp::kBitXor;
-    default:
-      TORCH_CHECK_VALUE(false, "mnemosyne: PREMUL_SUM is not supported");
-  }
-}
-
-void checkTensor(const char* what, const at::Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.defined(), "mnemosyne ", what, ": undefined tensor");
-  TORCH_CHECK_VALUE(tensor.layout() == at::kStrided && tensor.is_cpu(),
-                    "mnemosyne ", what, ": expected a dense CPU tensor, got ",
-                    tensor.toString());
-}
-
-void checkTensors(const char* what, const std::vector<at::Tensor>& tensors,
-                  size_t count) {
-  TORCH_CHECK_VALUE(tensors.size() == count, "mnemosyne ", what, ": expected ",
-                    count, " tensors, got ", tensors.size());
-  for (const at::Tensor& tensor : tensors) {
-    checkTensor(what, tensor);
-    TORCH_CHECK_VALUE(tensor.scalar_type() == tensors[0].scalar_type(),
-                      "mnemosyne ", what, ": tensors of different types");
-  }
-}
-
-void checkNumel(const char* what, const at::Tensor& tensor, int64_t want) {
-  TORCH_CHECK_VALUE(tensor.numel() == want, "mnemosyne ", what, ": expected ",
-                    want, " elements, got ", tensor.numel());
-}
-
-void checkSameType(const char* what, const at::Tensor& a, const at::Tensor& b) {
-  TORCH_CHECK_VALUE(a.scalar_type() == b.scalar_type(), "mnemosyne ", what,
-                    ": input is ", a.scalar_type(), ", output is ",
-                    b.scalar_type());
-}
-
-void setReduction(BackendWork* work, const char* what, const at::Tensor& tensor,
-                  const c10d::ReduceOp& op) {
-  work->type = dataTypeOf(tensor);
-  work->reduce_op = reduceOpOf(op);
-  TORCH_CHECK_VALUE(canReduce(work->type, work->reduce_op), "mnemosyne ", what,
-                    ": this reduction is not defined for ",
-                    tensor.scalar_type());
-}
-
-bool isPlain(const at::Tensor& tensor) {
-  return tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg();
-}
-
-at::Tensor plain(const at::Tensor& tensor) {
-  return isPlain(tensor) ? tensor
-                         : tensor.resolve_conj().resolve_neg().contiguous();
-}
-
-Buffer bufferOf(const at::Tensor& tensor) {
-  return {static_cast<std::byte*>(tensor.data_ptr()), tensor.nbytes()};
-}
-
-// The n-th of `count` equal parts.
-Buffer partOf(const Buffer& whole, int n, int count) {
-  const size_t size = whole.size / count;
-  return {whole.data + n * size, size};
-}
-
-void copyBytes(const Buffer& to, const Buffer& from) {
-  if (from.size > 0) std::memcpy(to.data, from.data, from.size);
-}
-
-// Parts of a buffer, one after another.
-class Packer {
- public:
-  explicit Packer(const Buffer& whole) : whole_(whole) {}
-  Buffer next(size_t size) {
-    const Buffer part{whole_.data + used_, size};
-    used_ += size;
-    return part;
-  }
-
- private:
-  Buffer whole_;
-  size_t used_ = 0;
-};
-
-size_t totalBytes(const std::vector<at::Tensor>& tensors) {
-  size_t total = 0;
-  for (const at::Tensor& tensor : tensors) total += tensor.nbytes();
-  return total;
-}
 
 // Waits for all operations of a coalescing block.
 class CoalescedWork final : public c10d::Work {
@@ -172,12 +37,78 @@ class CoalescedWork final : public c10d::Work {
     return true;
   }
   void synchronize() override { wait(kNoTimeout); }
+  std::vector<at::Tensor> result() override {
+    std::vector<at::Tensor> all;
+    for (const auto& work : works_)
+      for (const at::Tensor& tensor : work->result()) all.push_back(tensor);
+    return all;
+  }
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
 
  private:
   const std::vector<c10::intrusive_ptr<c10d::Work>> works_;
 };
 
+void appendTensors(std::vector<at::Tensor>* all, const c10::IValue& value) {
+  if (value.isTensor()) return all->push_back(value.toTensor());
+  for (const c10::IValue& each : value.toListRef()) appendTensors(all, each);
+}
+
+// Its value is the tensors of all operations, one after another.
+c10::intrusive_ptr<c10::ivalue::Future> CoalescedWork::getFuture() {
+  const auto tensors = c10::ListType::create(c10::TensorType::get());
+  c10::List<c10::intrusive_ptr<c10::ivalue::Future>> futures(
+      c10::FutureType::create(tensors));
+  for (const auto& work : works_) futures.push_back(work->getFuture());
+  return c10::collectAll(std::move(futures))
+      ->then(
+          [](c10::ivalue::Future& ended) {
+            std::vector<at::Tensor> all;
+            for (const c10::IValue& each : ended.value().toListRef())
+              appendTensors(&all, each.toFuture()->value());
+            return c10::IValue(std::move(all));
+          },
+          tensors);
+}
+
 }  // namespace
+
+// ---------------------------------------------------------------- Ongoing
+
+bool Ongoing::isFirst(uint64_t number) const {
+  return std::none_of(numbers_.begin(), numbers_.end(),
+                      [&](uint64_t other) { return other < number; });
+}
+
+void Ongoing::begin(uint64_t number) {
+  std::lock_guard<std::mutex> lock(mu_);
+  numbers_.push_back(number);
+}
+
+void Ongoing::end(uint64_t number) {
+  std::vector<std::function<void()>> actions;
+  {
+    std::lock_guard<std::mutex> lock(mu_);
+    std::erase(numbers_, number);
+    std::erase_if(waiters_, [&](Waiter& waiter) {
+      if (!isFirst(waiter.number)) return false;
+      actions.push_back(std::move(waiter.action));
+      return true;
+    });
+  }
+  for (const auto& action : actions) action();
+}
+
+void Ongoing::afterThoseBefore(uint64_t number, std::function<void()> action) {
+  {
+    std::lock_guard<std::mutex> lock(mu_);
+    if (!isFirst(number)) {
+      waiters_.push_back({number, std::move(action)});
+      return;
+    }
+  }
+  action();
+}
 
 // ---------------------------------------------------------------- BackendWork
 
@@ -191,6 +122,8 @@ Buffer BackendWork::write(const at::Tensor& tensor, bool is_filled) {
     kept_.push_back(tensor);
     return bufferOf(tensor);
   }
+  TORCH_CHECK(at::has_internal_overlap(tensor) != at::MemOverlap::Yes,
+              "mnemosyne: elements of an output share memory");
   at::Tensor staged = at::empty(tensor.sizes(), tensor.options());
   if (is_filled) staged.copy_(tensor.detach());
   unstaged_.emplace_back(tensor.detach(), staged);
@@ -214,13 +147,17 @@ void BackendWork::setResult(std::vector<std::vector<at::Tensor>> lists) {
   results_ = std::move(lists);
 }
 
-void BackendWork::submitTo(const std::shared_ptr<Mesh>& mesh, uint64_t number) {
-  number_ = number;
+void BackendWork::submitTo(const std::shared_ptr<Mesh>& mesh, uint64_t number,
+                           std::shared_ptr<Ongoing> ongoing) {
   engine_ = mesh;
+  number_ = number;
+  ongoing_ = std::move(ongoing);
+  if (ongoing_) ongoing_->begin(number_);
   self_ = c10::intrusive_ptr<BackendWork>::reclaim_copy(this);
   try {
     mesh->submit(this);
   } catch (...) {
+    if (ongoing_) ongoing_->end(number_);
     self_.reset();
     throw;
   }
@@ -233,7 +170,25 @@ void BackendWork::unstage() {
   for (const auto& [to, from] : unstaged_) to.copy_(from);
 }
 
+// A barrier ends when what its own rank has begun before it has ended too.
 void BackendWork::complete(std::exception_ptr error,
+                           CallbackThread& callbacks) noexcept {
+  const std::shared_ptr<Ongoing> ongoing = ongoing_;
+  const uint64_t number = number_;
+  if (ongoing && kind == Kind::kBarrier && !error) {
+    ongoing->afterThoseBefore(number, [this, &callbacks] {
+      const std::shared_ptr<Ongoing> kept = ongoing_;
+      const uint64_t own = number_;
+      conclude(nullptr, callbacks);
+      kept->end(own);
+    });
+    return;
+  }
+  conclude(std::move(error), callbacks);
+  if (ongoing) ongoing->end(number);
+}
+
+void BackendWork::conclude(std::exception_ptr error,
                            CallbackThread& callbacks) noexcept {
   // Whoever drops the last reference destroys tensors, for which it may need
   // the interpreter's lock.
@@ -265,12 +220,28 @@ bool BackendWork::wait(std::chrono::milliseconds timeout) {
     // The operation's own deadline ends it.
     cv_.wait(lock, [this] { return completed_; });
   } else if (!cv_.wait_for(lock, timeout, [this] { return completed_; })) {
-    throw CollectiveTimeout("waited " + std::to_string(timeout.count()) +
-                                " ms for an operation that is still running",
-                            -1, -1);
+    lock.unlock();
+    throwStillRunning(timeout);
   }
   if (exception_) std::rethrow_exception(exception_);
   return true;
+}
+
+void BackendWork::throwStillRunning(std::chrono::milliseconds waited) {
+  std::string what = "waited " + std::to_string(waited.count()) + " ms for " +
+                     name(kind) + " of group " + group->name() +
+                     ", which is still running";
+  int first = -1;
+  int64_t epoch = -1;
+  if (const std::shared_ptr<Mesh> mesh = engine_.lock()) {
+    epoch = mesh->currentEpoch();
+    for (const Mesh::Pending& pending : mesh->pending()) {
+      if (pending.operation != this || pending.waits_for.empty()) continue;
+      first = pending.waits_for[0];
+      what += "; it waits for ranks [" + joined(pending.waits_for) + "]";
+    }
+  }
+  throw CollectiveTimeout(what, first, epoch);
 }
 
 std::vector<at::Tensor> BackendWork::result() {
@@ -314,7 +285,33 @@ void BackendWork::settle(
 
 c10::intrusive_ptr<c10d::Backend::Options>
 MnemosyneBackend::getBackendOptions() {
-  return c10::make_intrusive<Options>("mnemosyne", timeout_.load());
+  auto options = c10::make_intrusive<Options>("mnemosyne", timeout_.load());
+  options->group_name = group()->name();
+  options->group_desc = getGroupDesc();
+  for (int rank = 0; rank < getSize(); ++rank)
+    options->global_ranks_in_group.push_back(group()->globalRank(rank));
+  return options;
+}
+
+// No communication: all members make the same name of it.
+c10::intrusive_ptr<c10d::Backend> MnemosyneBackend::split(
+    const c10::intrusive_ptr<c10d::Store>&, const std::vector<int>& ranks,
+    const c10::intrusive_ptr<Options>& opts) {
+  const std::string name =
+      opts->group_name + "#" + std::to_string(next_split_++);
+  std::vector<int> global_ranks;
+  for (const int rank : ranks) {
+    checkRank("split", rank);
+    global_ranks.push_back(group()->globalRank(rank));
+  }
+  if (std::find(ranks.begin(), ranks.end(), getRank()) == ranks.end())
+    return nullptr;
+  const std::shared_ptr<Group> parent = group();
+  auto part = std::make_shared<Group>(name, std::move(global_ranks),
+                                      parent->globalRank(parent->rank()),
+                                      opts->timeout, parent->canAbsorb());
+  mesh_->adopt(*part);
+  return c10::make_intrusive<MnemosyneBackend>(mesh_, std::move(part), false);
 }
 
 void MnemosyneBackend::setTimeout(std::chrono::milliseconds timeout) {
@@ -336,7 +333,8 @@ MnemosyneBackend::WorkPtr MnemosyneBackend::launch(
   const bool is_collective = work->kind != Kind::kSend &&
                              work->kind != Kind::kRecv &&
                              work->kind != Kind::kRecvAny;
-  work->submitTo(mesh_, is_collective ? next_number_++ : next_number_.load());
+  work->submitTo(mesh_, is_collective ? next_number_++ : next_number_.load(),
+                 is_collective ? ongoing_ : nullptr);
   std::lock_guard<std::mutex> lock(coalescing_mu_);
   if (is_coalescing_) coalesced_.push_back(work);
   return work;
@@ -351,389 +349,17 @@ void MnemosyneBackend::startCoalescing() {
 MnemosyneBackend::WorkPtr MnemosyneBackend::endCoalescing() {
   std::lock_guard<std::mutex> lock(coalescing_mu_);
   is_coalescing_ = false;
-  return c10::make_intrusive<CoalescedWork>(getRank(),
-                                            std::exchange(coalesced_, {}));
+  return join(std::exchange(coalesced_, {}));
+}
+
+MnemosyneBackend::WorkPtr MnemosyneBackend::join(
+    std::vector<WorkPtr> works) const {
+  return c10::make_intrusive<CoalescedWork>(getRank(), std::move(works));
 }
 
 void MnemosyneBackend::checkRank(const char* what, int64_t rank) const {
-  TORCH_CHECK_VALUE(rank >= 0 && rank < getSize(), "mnemosyne ", what,
-                    ": rank ", rank, " is not in a group of ", getSize());
-}
-
-// ---------------------------------------------------------------- operations
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::broadcast(
-    Tensors& tensors, const c10d::BroadcastOptions& opts) {
-  checkTensors("broadcast", tensors, 1);
-  checkRank("broadcast", opts.rootRank);
-  auto work = make(Kind::kBroadcast, OpType::BROADCAST, "mnemosyne:broadcast",
-                   tensors, opts.timeout);
-  work->root = static_cast<int>(opts.rootRank);
-  work->outputs = {getRank() == work->root ? work->read(tensors[0])
-                                           : work->write(tensors[0])};
-  work->setResult(tensors);
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::allreduce(
-    Tensors& tensors, const c10d::AllreduceOptions& opts) {
-  checkTensors("all_reduce", tensors, 1);
-  auto work = make(Kind::kAllReduce, OpType::ALLREDUCE, "mnemosyne:all_reduce",
-                   tensors, opts.timeout);
-  setReduction(work.get(), "all_reduce", tensors[0], opts.reduceOp);
-  work->outputs = {work->write(tensors[0], true)};
-  work->setResult(tensors);
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::allreduce_coalesced(
-    Tensors& tensors, const c10d::AllreduceCoalescedOptions& opts) {
-  TORCH_CHECK_VALUE(!tensors.empty(), "mnemosyne all_reduce: no tensors");
-  checkTensors("all_reduce", tensors, tensors.size());
-  auto work = make(Kind::kAllReduce, OpType::ALLREDUCE_COALESCED,
-                   "mnemosyne:all_reduce", tensors, opts.timeout);
-  setReduction(work.get(), "all_reduce", tensors[0], opts.reduceOp);
-  const Buffer packed = work->stage(totalBytes(tensors));
-  Packer parts(packed);
-  for (const at::Tensor& tensor : tensors) {
-    const Buffer own = work->write(tensor, true);
-    const Buffer part = parts.next(own.size);
-    copyBytes(part, own);
-    work->copyBack(own, part);
-  }
-  work->outputs = {packed};
-  work->setResult(tensors);
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::reduce(
-    Tensors& tensors, const c10d::ReduceOptions& opts) {
-  checkTensors("reduce", tensors, 1);
-  checkRank("reduce", opts.rootRank);
-  auto work = make(Kind::kReduce, OpType::REDUCE, "mnemosyne:reduce", tensors,
-                   opts.timeout);
-  setReduction(work.get(), "reduce", tensors[0], opts.reduceOp);
-  work->root = static_cast<int>(opts.rootRank);
-  work->outputs = {getRank() == work->root ? work->write(tensors[0], true)
-                                           : work->read(tensors[0])};
-  work->setResult(tensors);
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::allgather(
-    TensorLists& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts) {
-  checkTensors("all_gather", inputs, 1);
-  TORCH_CHECK_VALUE(outputs.size() == 1,
-                    "mnemosyne all_gather: expected one list of outputs");
-  checkTensors("all_gather", outputs[0], getSize());
-  checkSameType("all_gather", inputs[0], outputs[0][0]);
-  checkNumel("all_gather", outputs[0][getRank()], inputs[0].numel());
-  auto work = make(Kind::kAllGather, OpType::ALLGATHER, "mnemosyne:all_gather",
-                   inputs, opts.timeout);
-  work->inputs = {work->read(inputs[0])};
-  for (const at::Tensor& output : outputs[0])
-    work->outputs.push_back(work->write(output));
-  work->setResult(outputs[0]);
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::_allgather_base(
-    at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& opts) {
-  checkTensor("all_gather_into_tensor", input);
-  checkTensor("all_gather_into_tensor", output);
-  checkSameType("all_gather_into_tensor", input, output);
-  checkNumel("all_gather_into_tensor", output, input.numel() * getSize());
-  auto work = make(Kind::kAllGather, OpType::_ALLGATHER_BASE,
-                   "mnemosyne:all_gather_into_tensor", {input}, opts.timeout);
-  work->inputs = {work->read(input)};
-  const Buffer whole = work->write(output);
-  for (int rank = 0; rank < getSize(); ++rank)
-    work->outputs.push_back(partOf(whole, rank, getSize()));
-  work->setResult(Tensors{output});
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::allgather_coalesced(
-    TensorLists& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts) {
-  const char* what = "all_gather_coalesced";
-  TORCH_CHECK_VALUE(static_cast<int>(outputs.size()) == getSize(), "mnemosyne ",
-                    what, ": expected one list of outputs per rank");
-  for (const at::Tensor& input : inputs) checkTensor(what, input);
-  auto work = make(Kind::kAllGather, OpType::ALLGATHER_COALESCED,
-                   "mnemosyne:all_gather_coalesced", inputs, opts.timeout);
-  const size_t row = totalBytes(inputs);
-  const Buffer packed = work->stage(row);
-  const Buffer gathered = work->stage(row * getSize());
-  Packer own(packed);
-  Packer rows(gathered);
-  for (const at::Tensor& input : inputs)
-    copyBytes(own.next(input.nbytes()), work->read(input));
-  work->inputs = {packed};
-  for (int rank = 0; rank < getSize(); ++rank) {
-    work->outputs.push_back(partOf(gathered, rank, getSize()));
-    TORCH_CHECK_VALUE(outputs[rank].size() == inputs.size(), "mnemosyne ", what,
-                      ": lists of different lengths");
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      checkTensor(what, outputs[rank][i]);
-      checkSameType(what, inputs[i], outputs[rank][i]);
-      checkNumel(what, outputs[rank][i], inputs[i].numel());
-      work->copyBack(work->write(outputs[rank][i]),
-                     rows.next(inputs[i].nbytes()));
-    }
-  }
-  work->setResult(outputs);
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::allgather_into_tensor_coalesced(
-    Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts) {
-  const char* what = "all_gather_into_tensor_coalesced";
-  TORCH_CHECK_VALUE(outputs.size() == inputs.size(), "mnemosyne ", what,
-                    ": lists of different lengths");
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    checkTensor(what, inputs[i]);
-    checkTensor(what, outputs[i]);
-    checkSameType(what, inputs[i], outputs[i]);
-    checkNumel(what, outputs[i], inputs[i].numel() * getSize());
-  }
-  auto work = make(Kind::kAllGather, OpType::_ALLGATHER_BASE,
-                   "mnemosyne:all_gather_into_tensor", inputs, opts.timeout);
-  const size_t row = totalBytes(inputs);
-  const Buffer packed = work->stage(row);
-  const Buffer gathered = work->stage(row * getSize());
-  Packer own(packed);
-  Packer rows(gathered);
-  std::vector<Buffer> targets;
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    copyBytes(own.next(inputs[i].nbytes()), work->read(inputs[i]));
-    targets.push_back(work->write(outputs[i]));
-  }
-  work->inputs = {packed};
-  for (int rank = 0; rank < getSize(); ++rank) {
-    work->outputs.push_back(partOf(gathered, rank, getSize()));
-    for (size_t i = 0; i < inputs.size(); ++i)
-      work->copyBack(partOf(targets[i], rank, getSize()),
-                     rows.next(inputs[i].nbytes()));
-  }
-  work->setResult(outputs);
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::gather(
-    TensorLists& outputs, Tensors& inputs, const c10d::GatherOptions& opts) {
-  checkTensors("gather", inputs, 1);
-  checkRank("gather", opts.rootRank);
-  auto work = make(Kind::kGather, OpType::GATHER, "mnemosyne:gather", inputs,
-                   opts.timeout);
-  work->root = static_cast<int>(opts.rootRank);
-  work->inputs = {work->read(inputs[0])};
-  if (getRank() == work->root) {
-    TORCH_CHECK_VALUE(outputs.size() == 1,
-                      "mnemosyne gather: the root needs one list of outputs");
-    checkTensors("gather", outputs[0], getSize());
-    checkSameType("gather", inputs[0], outputs[0][0]);
-    checkNumel("gather", outputs[0][work->root], inputs[0].numel());
-    for (const at::Tensor& output : outputs[0])
-      work->outputs.push_back(work->write(output));
-    work->setResult(outputs[0]);
-  } else {
-    TORCH_CHECK_VALUE(outputs.empty(),
-                      "mnemosyne gather: only the root has outputs");
-  }
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::scatter(
-    Tensors& outputs, TensorLists& inputs, const c10d::ScatterOptions& opts) {
-  checkTensors("scatter", outputs, 1);
-  checkRank("scatter", opts.rootRank);
-  auto work = make(Kind::kScatter, OpType::SCATTER, "mnemosyne:scatter",
-                   inputs.empty() ? Tensors() : inputs[0], opts.timeout);
-  work->root = static_cast<int>(opts.rootRank);
-  work->outputs = {work->write(outputs[0])};
-  if (getRank() == work->root) {
-    TORCH_CHECK_VALUE(inputs.size() == 1,
-                      "mnemosyne scatter: the root needs one list of inputs");
-    checkTensors("scatter", inputs[0], getSize());
-    checkSameType("scatter", inputs[0][0], outputs[0]);
-    checkNumel("scatter", inputs[0][work->root], outputs[0].numel());
-    for (const at::Tensor& input : inputs[0])
-      work->inputs.push_back(work->read(input));
-  } else {
-    TORCH_CHECK_VALUE(inputs.empty(),
-                      "mnemosyne scatter: only the root has inputs");
-  }
-  work->setResult(outputs);
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::reduce_scatter(
-    Tensors& outputs, TensorLists& inputs,
-    const c10d::ReduceScatterOptions& opts) {
-  checkTensors("reduce_scatter", outputs, 1);
-  TORCH_CHECK_VALUE(inputs.size() == 1,
-                    "mnemosyne reduce_scatter: expected one list of inputs");
-  checkTensors("reduce_scatter", inputs[0], getSize());
-  checkSameType("reduce_scatter", inputs[0][0], outputs[0]);
-  auto work = make(Kind::kReduceScatter, OpType::REDUCE_SCATTER,
-                   "mnemosyne:reduce_scatter", inputs[0], opts.timeout);
-  setReduction(work.get(), "reduce_scatter", outputs[0], opts.reduceOp);
-  for (const at::Tensor& input : inputs[0]) {
-    checkNumel("reduce_scatter", input, outputs[0].numel());
-    work->inputs.push_back(work->read(input));
-  }
-  work->outputs = {work->write(outputs[0])};
-  work->setResult(outputs);
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::_reduce_scatter_base(
-    at::Tensor& output, at::Tensor& input,
-    const c10d::ReduceScatterOptions& opts) {
-  const char* what = "reduce_scatter_tensor";
-  checkTensor(what, input);
-  checkTensor(what, output);
-  checkSameType(what, input, output);
-  checkNumel(what, input, output.numel() * getSize());
-  auto work = make(Kind::kReduceScatter, OpType::_REDUCE_SCATTER_BASE,
-                   "mnemosyne:reduce_scatter_tensor", {input}, opts.timeout);
-  setReduction(work.get(), what, output, opts.reduceOp);
-  const Buffer whole = work->read(input);
-  for (int rank = 0; rank < getSize(); ++rank)
-    work->inputs.push_back(partOf(whole, rank, getSize()));
-  work->outputs = {work->write(output)};
-  work->setResult(Tensors{output});
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::reduce_scatter_tensor_coalesced(
-    Tensors& outputs, Tensors& inputs, const c10d::ReduceScatterOptions& opts) {
-  const char* what = "reduce_scatter_tensor_coalesced";
-  TORCH_CHECK_VALUE(!inputs.empty(), "mnemosyne ", what, ": no tensors");
-  checkTensors(what, inputs, inputs.size());
-  checkTensors(what, outputs, inputs.size());
-  checkSameType(what, inputs[0], outputs[0]);
-  auto work = make(Kind::kReduceScatter, OpType::_REDUCE_SCATTER_BASE,
-                   "mnemosyne:reduce_scatter_tensor", inputs, opts.timeout);
-  setReduction(work.get(), what, outputs[0], opts.reduceOp);
-  const Buffer packed = work->stage(totalBytes(inputs));
-  const Buffer reduced = work->stage(totalBytes(outputs));
-  Packer columns(packed);
-  Packer own(reduced);
-  std::vector<Buffer> sources;
-  for (const at::Tensor& input : inputs) sources.push_back(work->read(input));
-  for (int rank = 0; rank < getSize(); ++rank) {
-    work->inputs.push_back(partOf(packed, rank, getSize()));
-    for (const Buffer& source : sources) {
-      const Buffer part = partOf(source, rank, getSize());
-      copyBytes(columns.next(part.size), part);
-    }
-  }
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    checkNumel(what, inputs[i], outputs[i].numel() * getSize());
-    work->copyBack(work->write(outputs[i]), own.next(outputs[i].nbytes()));
-  }
-  work->outputs = {reduced};
-  work->setResult(outputs);
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::alltoall_base(
-    at::Tensor& output, at::Tensor& input, std::vector<int64_t>& output_splits,
-    std::vector<int64_t>& input_splits, const c10d::AllToAllOptions& opts) {
-  const char* what = "all_to_all_single";
-  checkTensor(what, input);
-  checkTensor(what, output);
-  checkSameType(what, input, output);
-  c10d::checkSplitSizes(input_splits, input, getSize());
-  c10d::checkSplitSizes(output_splits, output, getSize());
-  auto work = make(Kind::kAllToAll, OpType::ALLTOALL_BASE,
-                   "mnemosyne:all_to_all", {input}, opts.timeout);
-  const auto cut = [&](const Buffer& whole, const at::Tensor& tensor,
-                       const std::vector<int64_t>& splits) {
-    std::vector<Buffer> parts;
-    Packer packer(whole);
-    const size_t row = tensor.dim() > 0 && tensor.size(0) > 0
-                           ? whole.size / tensor.size(0)
-                           : 0;
-    for (int rank = 0; rank < getSize(); ++rank)
-      parts.push_back(packer.next(splits.empty() ? whole.size / getSize()
-                                                 : splits[rank] * row));
-    return parts;
-  };
-  work->inputs = cut(work->read(input), input, input_splits);
-  work->outputs = cut(work->write(output), output, output_splits);
-  work->setResult(Tensors{output});
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::alltoall(
-    Tensors& outputs, Tensors& inputs, const c10d::AllToAllOptions& opts) {
-  checkTensors("all_to_all", inputs, getSize());
-  checkTensors("all_to_all", outputs, getSize());
-  checkSameType("all_to_all", inputs[0], outputs[0]);
-  checkNumel("all_to_all", outputs[getRank()], inputs[getRank()].numel());
-  auto work = make(Kind::kAllToAll, OpType::ALLTOALL, "mnemosyne:all_to_all",
-                   inputs, opts.timeout);
-  for (const at::Tensor& input : inputs)
-    work->inputs.push_back(work->read(input));
-  for (const at::Tensor& output : outputs)
-    work->outputs.push_back(work->write(output));
-  work->setResult(outputs);
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::send(Tensors& tensors, int rank,
-                                                 int tag) {
-  checkTensors("send", tensors, 1);
-  checkRank("send", rank);
-  TORCH_CHECK_VALUE(rank != getRank(), "mnemosyne send: to itself");
-  auto work = make(Kind::kSend, OpType::SEND, "mnemosyne:send", tensors,
-                   c10d::kUnsetTimeout);
-  work->root = rank;
-  work->tag = static_cast<uint64_t>(tag);
-  work->inputs = {work->read(tensors[0])};
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::recv(Tensors& tensors, int rank,
-                                                 int tag) {
-  checkTensors("recv", tensors, 1);
-  checkRank("recv", rank);
-  TORCH_CHECK_VALUE(rank != getRank(), "mnemosyne recv: from itself");
-  auto work = make(Kind::kRecv, OpType::RECV, "mnemosyne:recv", tensors,
-                   c10d::kUnsetTimeout);
-  work->root = rank;
-  work->tag = static_cast<uint64_t>(tag);
-  work->outputs = {work->write(tensors[0])};
-  work->setResult(tensors);
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::recvAnysource(Tensors& tensors,
-                                                          int tag) {
-  checkTensors("recv", tensors, 1);
-  auto work = make(Kind::kRecvAny, OpType::RECVANYSOURCE, "mnemosyne:recv",
-                   tensors, c10d::kUnsetTimeout);
-  work->tag = static_cast<uint64_t>(tag);
-  work->outputs = {work->write(tensors[0])};
-  work->setResult(tensors);
-  return launch(std::move(work));
-}
-
-MnemosyneBackend::WorkPtr MnemosyneBackend::barrier(
-    const c10d::BarrierOptions& opts) {
-  return launch(make(Kind::kBarrier, OpType::BARRIER, "mnemosyne:barrier", {},
-                     opts.timeout));
-}
-
-// Rank 0 names all that are missing, whatever `wait_all_ranks` is: it costs
-// nothing.
-void MnemosyneBackend::monitoredBarrier(const c10d::BarrierOptions& opts,
-                                        bool /* wait_all_ranks */) {
-  launch(make(Kind::kMonitoredBarrier, OpType::BARRIER,
-              "mnemosyne:monitored_barrier", {}, opts.timeout))
-      ->wait();
+  TORCH_CHECK(rank >= 0 && rank < getSize(), "mnemosyne ", what, ": rank ",
+              rank, " is not in a group of ", getSize());
 }
 
 }  // namespace mnemosyne::ccl

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -25,7 +26,27 @@
 
 namespace mnemosyne::ccl {
 
-class BackendWork final : public c10d::Work, public Operation {
+// The collectives of a group that have not ended. Thread-safe.
+class Ongoing {
+ public:
+  void begin(uint64_t number);
+  void end(uint64_t number);
+  // Calls `action` when none with a lower number is left: at once, or in end().
+  void afterThoseBefore(uint64_t number, std::function<void()> action);
+
+ private:
+  struct Waiter {
+    uint64_t number;
+    std::function<void()> action;
+  };
+  bool isFirst(uint64_t number) const;
+
+  std::mutex mu_;
+  std::vector<uint64_t> numbers_;  // guarded by mu_
+  std::vector<Waiter> waiters_;    // guarded by mu_
+};
+
+class BackendWork : public c10d::Work, public Operation {
  public:
   BackendWork(int rank, c10d::OpType type, const char* title,
               const std::vector<at::Tensor>& inputs)
@@ -43,9 +64,10 @@ class BackendWork final : public c10d::Work, public Operation {
   void copyBack(const Buffer& to, const Buffer& from);
   void setResult(std::vector<at::Tensor> tensors);
   void setResult(std::vector<std::vector<at::Tensor>> lists);
-  // `number`: of its group's collectives before it. Requires: called once;
-  // nothing above is called afterwards.
-  void submitTo(const std::shared_ptr<Mesh>& mesh, uint64_t number);
+  // `number`: of its group's collectives before it. `ongoing`: null for a
+  // message. Requires: called once; nothing above is called afterwards.
+  void submitTo(const std::shared_ptr<Mesh>& mesh, uint64_t number,
+                std::shared_ptr<Ongoing> ongoing);
 
   // ---- c10d::Work, any thread
   bool wait(std::chrono::milliseconds timeout) override;
@@ -56,15 +78,20 @@ class BackendWork final : public c10d::Work, public Operation {
   uint64_t getSequencenumber() const override { return number_; }
   void abort() override {}
 
+ protected:
+  void unstage() override;
+
  private:
   void complete(std::exception_ptr error,
                 CallbackThread& callbacks) noexcept override;
-  void unstage() override;
+  void conclude(std::exception_ptr error, CallbackThread& callbacks) noexcept;
   void settle(const c10::intrusive_ptr<c10::ivalue::Future>& future);
+  [[noreturn]] void throwStillRunning(std::chrono::milliseconds waited);
 
   std::weak_ptr<Mesh> engine_;  // to help while waiting; it does not outlive us
   std::atomic<bool> is_over_{false};
   uint64_t number_ = 0;
+  std::shared_ptr<Ongoing> ongoing_;
   std::vector<std::vector<at::Tensor>> results_;
   std::vector<at::Tensor> kept_;                     // their memory is used
   std::vector<std::pair<Buffer, Buffer>> unpacked_;  // to, from
@@ -115,6 +142,11 @@ class MnemosyneBackend final : public c10d::Backend {
   const std::string getBackendName() const override { return "mnemosyne"; }
   c10::intrusive_ptr<Options> getBackendOptions() override;
   void setTimeout(std::chrono::milliseconds timeout) override;
+  bool supportsSplitting() const override { return true; }
+  c10::intrusive_ptr<c10d::Backend> split(
+      const c10::intrusive_ptr<c10d::Store>& store,
+      const std::vector<int>& ranks,
+      const c10::intrusive_ptr<Options>& opts) override;
   // The group that it is now; reconfigure() puts another in its place.
   std::shared_ptr<Group> group() const {
     std::lock_guard<std::mutex> lock(group_mu_);
@@ -144,6 +176,8 @@ class MnemosyneBackend final : public c10d::Backend {
 
   WorkPtr broadcast(Tensors& tensors, const c10d::BroadcastOptions&) override;
   WorkPtr allreduce(Tensors& tensors, const c10d::AllreduceOptions&) override;
+  WorkPtr allreduce_sparse(Tensors& tensors,
+                           const c10d::AllreduceOptions&) override;
   WorkPtr allreduce_coalesced(Tensors& tensors,
                               const c10d::AllreduceCoalescedOptions&) override;
   WorkPtr reduce(Tensors& tensors, const c10d::ReduceOptions&) override;
@@ -184,6 +218,11 @@ class MnemosyneBackend final : public c10d::Backend {
                                        const char* title, const Tensors& inputs,
                                        std::chrono::milliseconds timeout);
   WorkPtr launch(c10::intrusive_ptr<BackendWork> work);
+  // One for several that are in flight already.
+  WorkPtr join(std::vector<WorkPtr> works) const;
+  WorkPtr allreduceSparse(Tensors& tensors, const c10d::AllreduceOptions&);
+  WorkPtr allgatherPacked(TensorLists& outputs, Tensors& inputs,
+                          const c10d::AllgatherOptions&);
   void checkRank(const char* what, int64_t rank) const;
   WorkPtr join(Milliseconds timeout, bool follows);
   std::vector<int> moveMesh(const std::vector<Handle>& handles, int place);
@@ -198,8 +237,10 @@ class MnemosyneBackend final : public c10d::Backend {
   std::set<int64_t> uuids_;       // guarded by verbs_mu_
   int64_t num_shrinks_ = 0;       // guarded by verbs_mu_
   std::atomic<std::chrono::milliseconds> timeout_;
+  const std::shared_ptr<Ongoing> ongoing_ = std::make_shared<Ongoing>();
   // Of collectives: it is equal on all ranks, so messages do not count.
   std::atomic<uint64_t> next_number_{0};
+  std::atomic<uint64_t> next_split_{0};
   std::mutex coalescing_mu_;
   bool is_coalescing_ = false;      // guarded by coalescing_mu_
   std::vector<WorkPtr> coalesced_;  // guarded by coalescing_mu_

@@ -91,6 +91,20 @@ int reconfigure(Mesh& mesh, int64_t epoch, int rank,
   return mesh.reconfigure(epoch, rank, std::move(list));
 }
 
+py::list pending(Mesh& mesh) {
+  std::vector<Mesh::Pending> all;
+  {
+    const py::gil_scoped_release release;
+    all = mesh.pending();
+  }
+  py::list list;
+  for (const Mesh::Pending& each : all)
+    list.append(py::make_tuple(name(each.kind), each.group, each.sequence,
+                               each.num_bytes, each.age.count() / 1000.0,
+                               each.timeout.count() / 1000.0, each.waits_for));
+  return list;
+}
+
 c10::intrusive_ptr<c10d::Backend> createGroup(std::shared_ptr<Mesh> mesh,
                                               const std::string& name,
                                               std::vector<int> ranks,
@@ -154,6 +168,7 @@ PYBIND11_MODULE(_C, m) {
       .def("stop_replay", &Mesh::stopReplay, NoGil())
       .def("lock_membership", &Mesh::lockMembership)
       .def("counters", &Mesh::counters)
+      .def("pending", &pending)
       .def("close", &Mesh::close, NoGil());
 
   py::class_<MnemosyneBackend, c10d::Backend,
