@@ -7,6 +7,7 @@ a set-up that the others have left behind.
 
 import functools
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -36,6 +37,19 @@ def serve_process_groups(is_alone: Callable[[], bool]) -> None:
     c10d._store_based_barrier = store_based_barrier
 
 
+def serve_by_name() -> None:
+    """Let ours do what torch gives to gloo alone, by its name. Idempotent."""
+    for name, with_ours in _BY_NAME.items():
+        function = getattr(c10d, name)
+        if hasattr(function, "of_gloo"):
+            continue
+        wrapper = with_ours(function)
+        wrapper.of_gloo = function
+        setattr(c10d, name, wrapper)
+        if hasattr(torch.distributed, name):
+            setattr(torch.distributed, name, wrapper)
+
+
 def group_ids() -> list[int]:
     """Return the identities of all live ProcessGroup objects, oldest first."""
     return [id(group) for group in c10d._world.pg_map]
@@ -61,6 +75,55 @@ def our_backend(requested: str | None) -> str | None:
             "'nccl'; run it with torchrun, or with backend 'gloo' on the CPU"
         )
     return BACKEND if cpu_names <= served and cpu_names else requested
+
+
+def _our_group(group: Any) -> Any:
+    """Return the group if this rank is in it and it is ours, else None."""
+    if c10d._rank_not_in_group(group):
+        return None
+    group = group or c10d._get_default_group()
+    cpu = torch.device("cpu")
+    if cpu not in group._device_types or group._get_backend(cpu).name() != BACKEND:
+        return None
+    return group
+
+
+def _with_monitored_barrier(function: Callable[..., Any]) -> Any:
+    @functools.wraps(function)
+    def monitored_barrier(
+        group: Any = None,
+        timeout: timedelta | float | None = None,
+        wait_all_ranks: bool = False,
+    ) -> None:
+        ours = _our_group(group)
+        if ours is None:
+            function(group, timeout, wait_all_ranks)
+        elif timeout is None:
+            ours.monitored_barrier(wait_all_ranks=wait_all_ranks)
+        else:
+            if not isinstance(timeout, timedelta):
+                timeout = timedelta(seconds=timeout)
+            ours.monitored_barrier(timeout, wait_all_ranks=wait_all_ranks)
+
+    return monitored_barrier
+
+
+def _with_pg_timeout(function: Callable[..., Any]) -> Any:
+    @functools.wraps(function)
+    def _set_pg_timeout(timeout: timedelta, group: Any = None) -> None:
+        ours = _our_group(group)
+        if ours is None:
+            function(timeout, group)
+        else:
+            ours.set_timeout(timeout)
+
+    return _set_pg_timeout
+
+
+_BY_NAME = {
+    "monitored_barrier": _with_monitored_barrier,
+    "_set_pg_timeout": _with_pg_timeout,
+}
 
 
 def _with_our_backend(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ import atexit
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch._C._distributed_c10d import Backend
 
@@ -18,6 +19,26 @@ from mnemosyne_plugin.errors import (
 TRANSPORTS = ("auto", "tcp")
 
 Failure = PeerLost | CollectiveTimeout | StaleEpoch | CollectiveMismatch
+
+
+@dataclass(frozen=True)
+class PendingOperation:
+    """An operation that has begun and not ended; ranks are global."""
+
+    kind: str
+    group: str
+    sequence: int
+    num_bytes: int
+    age_s: float
+    timeout_s: float
+    waits_for: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind} of group {self.group}, sequence {self.sequence}, "
+            f"{self.num_bytes} bytes: since {self.age_s:.3f} s of {self.timeout_s:g} "
+            f"s, waits for ranks {list(self.waits_for)}"
+        )
 
 
 class Mesh:
@@ -134,6 +155,20 @@ class Mesh:
     def counters(self) -> dict[str, int]:
         """Return how much has happened since the mesh was made."""
         return self._native.counters()
+
+    def pending(self) -> list[PendingOperation]:
+        """Return what is in flight now, oldest first: what this rank waits for.
+
+        Of use from another thread while the main one hangs.
+        """
+        return [
+            PendingOperation(
+                kind, group, number, num_bytes, age_s, time_s, tuple(ranks)
+            )
+            for kind, group, number, num_bytes, age_s, time_s, ranks in (
+                self._native.pending()
+            )
+        ]
 
     def close(self) -> None:
         """End all operations and tell the peers that this is no failure."""

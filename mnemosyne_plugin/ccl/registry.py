@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
+from mnemosyne_plugin.ccl.intercept import serve_by_name
 from mnemosyne_plugin.ccl.mesh import Mesh, create_group
 from mnemosyne_plugin.ccl.verbs import mesh_ranks_of_default_group
 from mnemosyne_plugin.errors import ConfigError
@@ -45,6 +46,7 @@ def register(
         name = options.group_id
         return create_group(mesh, name, ranks, timeout_s, is_world=is_world, uuid=uuid)
 
+    serve_by_name()
     dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu"])
 
 
