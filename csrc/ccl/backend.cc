@@ -172,7 +172,7 @@ void BackendWork::unstage() {
 
 // A barrier ends when what its own rank has begun before it has ended too.
 void BackendWork::complete(std::exception_ptr error,
-                           CallbackThread& callbacks) noexcept {
+                           CallbackThreads& callbacks) noexcept {
   const std::shared_ptr<Ongoing> ongoing = ongoing_;
   const uint64_t number = number_;
   if (ongoing && kind == Kind::kBarrier && !error) {
@@ -189,7 +189,7 @@ void BackendWork::complete(std::exception_ptr error,
 }
 
 void BackendWork::conclude(std::exception_ptr error,
-                           CallbackThread& callbacks) noexcept {
+                           CallbackThreads& callbacks) noexcept {
   // Whoever drops the last reference destroys tensors, for which it may need
   // the interpreter's lock.
   auto self = std::move(self_);

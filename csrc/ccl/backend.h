@@ -83,8 +83,8 @@ class BackendWork : public c10d::Work, public Operation {
 
  private:
   void complete(std::exception_ptr error,
-                CallbackThread& callbacks) noexcept override;
-  void conclude(std::exception_ptr error, CallbackThread& callbacks) noexcept;
+                CallbackThreads& callbacks) noexcept override;
+  void conclude(std::exception_ptr error, CallbackThreads& callbacks) noexcept;
   void settle(const c10::intrusive_ptr<c10::ivalue::Future>& future);
   [[noreturn]] void throwStillRunning(std::chrono::milliseconds waited);
 

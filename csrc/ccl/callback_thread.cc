@@ -6,50 +6,62 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <thread>
 #include <utility>
 
 namespace mnemosyne::ccl {
+namespace {
 
-struct CallbackThread::Queue {
+// More than anybody nests waits for one operation in callbacks of another.
+constexpr size_t kMaxThreads = 64;
+
+thread_local bool is_one_of_them = false;
+
+}  // namespace
+
+struct CallbackThreads::Queue {
   std::mutex mu;
   std::condition_variable changed;
   std::deque<std::function<void()>> callbacks;  // guarded by mu
+  size_t num_threads = 0;                       // guarded by mu
+  size_t num_idle = 0;                          // guarded by mu
   bool stopping = false;                        // guarded by mu
 
   void runAll();
 };
 
-CallbackThread::CallbackThread()
-    : queue_(std::make_shared<Queue>()),
-      thread_([queue = queue_] { queue->runAll(); }) {}
+CallbackThreads::CallbackThreads() : queue_(std::make_shared<Queue>()) {}
 
-CallbackThread::~CallbackThread() {
-  {
-    std::lock_guard<std::mutex> lock(queue_->mu);
-    queue_->stopping = true;
-  }
-  queue_->changed.notify_one();
-  if (thread_.get_id() == std::this_thread::get_id()) {
-    thread_.detach();
-  } else {
-    thread_.join();
-  }
+CallbackThreads::~CallbackThreads() {
+  std::unique_lock<std::mutex> lock(queue_->mu);
+  queue_->stopping = true;
+  queue_->changed.notify_all();
+  const size_t ours = is_one_of_them ? 1 : 0;
+  queue_->changed.wait(lock, [&] { return queue_->num_threads <= ours; });
 }
 
-void CallbackThread::run(std::function<void()> callback) {
-  {
-    std::lock_guard<std::mutex> lock(queue_->mu);
-    queue_->callbacks.push_back(std::move(callback));
+void CallbackThreads::run(std::function<void()> callback) {
+  std::lock_guard<std::mutex> lock(queue_->mu);
+  queue_->callbacks.push_back(std::move(callback));
+  if (queue_->num_idle >= queue_->callbacks.size() ||
+      queue_->num_threads >= kMaxThreads) {
+    queue_->changed.notify_one();
+    return;
   }
-  queue_->changed.notify_one();
+  // All are busy, and may be so until this very callback has run.
+  std::thread([queue = queue_] { queue->runAll(); }).detach();
+  ++queue_->num_threads;
 }
 
-void CallbackThread::Queue::runAll() {
+void CallbackThreads::Queue::runAll() {
   nameThread("mnemo-callbacks");
+  is_one_of_them = true;
   std::unique_lock<std::mutex> lock(mu);
   while (true) {
+    ++num_idle;
     changed.wait(lock, [this] { return stopping || !callbacks.empty(); });
-    if (callbacks.empty()) return;
+    --num_idle;
+    if (callbacks.empty()) break;
     {
       const auto callback = std::move(callbacks.front());
       callbacks.pop_front();
@@ -57,7 +69,11 @@ void CallbackThread::Queue::runAll() {
       callback();
     }
     lock.lock();
+    // One stays, for the next.
+    if (callbacks.empty() && num_idle > 0) break;
   }
+  --num_threads;
+  changed.notify_all();
 }
 
 void nameThread(const char* name) {

@@ -1,27 +1,27 @@
 // Runs what users hang on futures. Never on the progress thread: a callback may
-// take the interpreter's lock, or start a collective and wait for it.
+// take the interpreter's lock, or start a collective and wait for it, or for a
+// future that another callback settles: so there are as many threads as there
+// are callbacks that have begun.
 #pragma once
 
 #include <functional>
 #include <memory>
-#include <thread>
 
 namespace mnemosyne::ccl {
 
-class CallbackThread {
+class CallbackThreads {
  public:
-  CallbackThread();
+  CallbackThreads();
   // Runs what is queued, and ends. Called from a callback, it does not wait for
   // that.
-  ~CallbackThread();
+  ~CallbackThreads();
 
   void run(std::function<void()> callback);
 
  private:
   struct Queue;
 
-  std::shared_ptr<Queue> queue_;  // the thread's too
-  std::thread thread_;
+  std::shared_ptr<Queue> queue_;  // the threads' too
 };
 
 // Names the calling thread, and leaves all signals to the others: handlers

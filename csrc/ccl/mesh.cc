@@ -67,7 +67,7 @@ Mesh::Mesh(uint64_t worker_id, std::string secret, const std::string& bind_host,
       failure_fd_(makeEventFd()),
       connector_(loop_, *this, worker_id, std::move(secret), bind_host,
                  use_shm),
-      callbacks_(std::make_unique<CallbackThread>()) {
+      callbacks_(std::make_unique<CallbackThreads>()) {
   address_ = connector_.address();
   loop_.watch(waker_.fd(), &waker_);
   thread_ = std::thread([this] { loop(); });

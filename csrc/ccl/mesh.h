@@ -306,7 +306,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   std::optional<SetupLog> recording_;
   std::optional<SetupLog> replaying_;
 
-  std::unique_ptr<CallbackThread> callbacks_;
+  std::unique_ptr<CallbackThreads> callbacks_;
   std::thread thread_;  // last: everything else is there when it starts
 };
 

@@ -16,7 +16,7 @@
 
 namespace mnemosyne::ccl {
 
-class CallbackThread;
+class CallbackThreads;
 class Mesh;
 
 enum class Kind : uint8_t {
@@ -101,7 +101,7 @@ class Operation : public Submission {
   // Called once, when no buffer will be touched any more. The operation may be
   // destroyed by it.
   virtual void complete(std::exception_ptr error,
-                        CallbackThread& callbacks) noexcept = 0;
+                        CallbackThreads& callbacks) noexcept = 0;
   // Called before a successful complete(), to copy from staging buffers.
   virtual void unstage() {}
 

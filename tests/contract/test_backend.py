@@ -8,11 +8,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import cases_lists  # noqa: F401 - it adds to CASES
 import pytest
 import torch
 import torch.distributed as dist
 from cases import CASES, values
 from world import Worker, World
+
+from mnemosyne_plugin.errors import CollectiveTimeout
 
 TRANSPORTS = ("auto", "tcp")
 SIZE = 4
@@ -66,7 +69,7 @@ def test_links_are_of_the_kind_that_was_asked_for(world: World) -> None:
 
 
 def beyond_gloo(worker: Worker) -> None:
-    """What gloo does not take: more types, averages, strides, uneven shares."""
+    """What gloo does not take: more types, averages, strides, shares of any size."""
     pg, rank, size = worker.kept["mnemosyne"], worker.rank, worker.size
     for dtype in (torch.bool, torch.int16, torch.complex64, torch.complex128):
         tensor = values(1000, rank, dtype)
@@ -96,6 +99,11 @@ def beyond_gloo(worker: Worker) -> None:
     columns = torch.zeros(7, 2 * size)
     dist.all_gather([columns[:, n] for n in range(size)], columns[:, 0] + rank, pg)
     assert torch.equal(columns[3, :size], torch.arange(size).float())
+    inputs = [values(rank * to * 1000, rank + to) for to in range(size)]
+    outputs = [torch.empty(rank * source * 1000) for source in range(size)]
+    dist.all_to_all(outputs, inputs, group=pg)
+    for source, output in enumerate(outputs):
+        assert torch.equal(output, values(rank * source * 1000, rank + source))
     shares = [torch.empty(source * 5000) for source in range(size)]
     dist.all_gather(shares, torch.full((rank * 5000,), float(rank)), group=pg)
     for source, share in enumerate(shares):
@@ -112,10 +120,10 @@ def misuse(worker: Worker) -> None:
     one = torch.ones(3)
     complex_one = torch.ones(3, dtype=torch.complex64)
     wrong: list[tuple[Any, ...]] = [
-        (pg.allreduce, [one, one]),
-        (pg.allreduce, [one.to_sparse()]),
+        (pg.allreduce, [one, torch.ones(4)]),
+        (pg.allreduce, [torch.ones(2, 2).to_sparse_csr()]),
         (dist.all_reduce, one, dist.ReduceOp.BAND, pg),
-        (dist.all_reduce, complex_one, dist.ReduceOp.MAX, pg),
+        (pg.allreduce, [complex_one], dist.ReduceOp.MAX),
         (pg.broadcast, one, size),
         (pg.broadcast, one, -1),
         (pg.send, [one], worker.rank, 0),
@@ -126,7 +134,7 @@ def misuse(worker: Worker) -> None:
         (pg.gather, [], [one], dist.GatherOptions()) if worker.rank == 0 else (),
     ]
     for function, *args in filter(None, wrong):
-        with pytest.raises((ValueError, TypeError)):
+        with pytest.raises((RuntimeError, TypeError)):
             function(*args)
     dist.barrier(group=pg)
 
@@ -189,3 +197,55 @@ def test_a_process_can_end_with_operations_in_flight(how: str) -> None:
     command = [sys.executable, "-c", EXIT_SCRIPT, how]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=40)
     assert ended.returncode == (3 if how == "exit" else 0), ended.stderr
+
+
+def make_late_group(worker: Worker) -> None:
+    worker.kept["late"] = dist.new_group(backend="mnemosyne")
+
+
+def pass_without(worker: Worker) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        dist.monitored_barrier(worker.kept["late"], timedelta(seconds=0.5))
+    assert worker.mesh.failure() is None
+    return str(caught.value)
+
+
+def test_a_monitored_barrier_names_who_is_missing(world: World) -> None:
+    """Nothing but the barrier itself fails."""
+    world.run(make_late_group)
+    first, *others = world.run(pass_without, ranks=[0, 1, 3])
+    assert first.startswith("Rank 2 failed to pass monitoredBarrier in 500 ms")
+    assert all("waiting for send/recv from rank 0" in other for other in others)
+    world.run(compare, "barriers")
+
+
+def wait_in_vain(worker: Worker) -> list[str]:
+    """Rank 0 waits for rank 1, which is told to send only later."""
+    pg = worker.kept["mnemosyne"]
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=29), pg)
+    tensor = torch.empty(10)
+    work = pg.recv([tensor], 1, 77)
+    with pytest.raises(CollectiveTimeout, match=r"it waits for ranks \[1\]"):
+        work.wait(timedelta(milliseconds=50))
+    assert [one.timeout_s for one in worker.mesh.pending()] == [29.0]
+    seen = [str(one) for one in worker.mesh.pending()]
+    worker.kept["waiting"] = work, tensor
+    return seen
+
+
+def send_late(worker: Worker) -> None:
+    worker.kept["mnemosyne"].send([torch.ones(10)], 0, 77).wait()
+
+
+def end_waiting(worker: Worker) -> None:
+    work, tensor = worker.kept["waiting"]
+    work.wait()
+    assert bool((tensor == 1).all())
+    assert worker.mesh.pending() == []
+
+
+def test_what_a_rank_waits_for_can_be_seen(world: World) -> None:
+    [[line]] = world.run(wait_in_vain, ranks=[0])
+    assert line.startswith("receive of group") and line.endswith("ranks [1]")
+    world.run(send_late, ranks=[1])
+    world.run(end_waiting, ranks=[0])

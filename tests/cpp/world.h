@@ -68,7 +68,7 @@ class TestOperation final : public Operation {
   }
 
  private:
-  void complete(std::exception_ptr error, CallbackThread&) noexcept override {
+  void complete(std::exception_ptr error, CallbackThreads&) noexcept override {
     const Ptr self = std::move(self_);
     std::lock_guard<std::mutex> lock(mu_);
     error_ = std::move(error);
