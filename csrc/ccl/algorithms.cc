@@ -59,8 +59,8 @@ Ring::Ring(const Operation& op, size_t share, int num_steps)
     : left((op.rank() + op.size() - 1) % op.size()),
       right((op.rank() + 1) % op.size()),
       steps(static_cast<size_t>(num_steps)) {
-  const size_t all = std::max<size_t>(
-      1, (share + kRingChunkBytes - 1) / kRingChunkBytes);
+  const size_t all =
+      std::max<size_t>(1, (share + kRingChunkBytes - 1) / kRingChunkBytes);
   chunks = std::min(all, kRingChunks);
   total = (all + chunks - 1) / chunks * steps * chunks;
 }

@@ -45,9 +45,9 @@ Buffer chunkOf(const Buffer& buffer, size_t n);
 size_t numChunks(size_t size);
 
 // The messages of a ring, in their order. Long buffers go round in blocks, so
-// that what a rank passes on, or adds to, is in its cache still: block by block,
-// within it step by step, within that chunk by chunk. What is sent in a step was
-// received in the one before, that is `chunks` messages earlier.
+// that what a rank passes on, or adds to, is in its cache still: block by
+// block, within it step by step, within that chunk by chunk. What is sent in a
+// step was received in the one before, that is `chunks` messages earlier.
 struct Ring {
   // `share`: the largest of the parts that go round.
   Ring(const Operation& op, size_t share, int num_steps);

@@ -42,8 +42,8 @@ Task ringAllGather(Operation& op, size_t largest) {
   placeOwn(op);
 
   const auto piece = [&](size_t k, int back) {
-    return ring.cut(
-        op.outputs[(rank + 2 * size - ring.step(k) - back) % size], k);
+    return ring.cut(op.outputs[(rank + 2 * size - ring.step(k) - back) % size],
+                    k);
   };
   const auto post = [&](size_t k) {
     const Buffer chunk = piece(k, 1);

@@ -88,9 +88,8 @@ Task ringAllReduce(Operation& op) {
   };
   const auto post = [&](size_t k) {
     const Buffer chunk = received(k);
-    recvs[k % kPipeline].recv(op, ring.left, k,
-                              is_reducing(k) ? slot(k) : chunk.data,
-                              chunk.size);
+    recvs[k % kPipeline].recv(
+        op, ring.left, k, is_reducing(k) ? slot(k) : chunk.data, chunk.size);
   };
 
   for (size_t k = 0; k < std::min(kPipeline, ring.total); ++k) post(k);

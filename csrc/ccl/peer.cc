@@ -291,8 +291,7 @@ void Peer::pump() {
 
 void Peer::receiveAll() {
   size_t budget = kReadBudget;
-  // A peer that is ahead waits, its frames unread, until we are there too.
-  while (link_ && epoch_ <= host_.epoch()) {
+  while (link_ && !isAhead()) {
     size_t n;
     if (in_header_bytes_ < sizeof(in_)) {
       auto* to = reinterpret_cast<std::byte*>(&in_) + in_header_bytes_;

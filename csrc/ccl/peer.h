@@ -105,8 +105,10 @@ class Peer final : public EventSink {
   bool hasOutput() const;
   // As Link: for the peers of the mesh that nobody listens to.
   bool isSilent() const { return link_ && link_->isSilent(); }
-  bool hasNews() const { return link_ && link_->hasNews(hasOutput()); }
-  bool arm() { return !link_ || link_->arm(hasOutput()); }
+  bool hasNews() const {
+    return link_ && !isAhead() && link_->hasNews(hasOutput());
+  }
+  bool arm() { return !link_ || isAhead() || link_->arm(hasOutput()); }
 
   // In the mesh's list of peers to pump.
   bool is_listed = false;
@@ -114,6 +116,9 @@ class Peer final : public EventSink {
   bool is_excused = false;
 
  private:
+  // It waits, its frames unread, until we are in its epoch too.
+  bool isAhead() const { return epoch_ > host_.epoch(); }
+
   // What is known of a message that is to be received.
   struct Inbound {
     Transfer* receiver = nullptr;

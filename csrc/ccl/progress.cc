@@ -1,4 +1,5 @@
-// The engine: runs operations, moves bytes, watches deadlines; and who turns it.
+// The engine: runs operations, moves bytes, watches deadlines; and who turns
+// it.
 #include <sched.h>
 
 #include <algorithm>
@@ -96,7 +97,7 @@ void Mesh::sleep(std::unique_lock<std::mutex>& engine) {
   if (num_helpers_ > 0 || Clock::now() - helped_at_ < kHelpersPause) {
     sleeps_until_ = std::min(sleeps_until_, Deadline::in(kHelpersPause));
   } else if (!armLinks()) {
-    return;
+    return loop_.poll();
   }
   loop_.clear();
   is_sleeping_ = true;

@@ -140,8 +140,16 @@ class Fuzzed {
   // Those whom the fuzzer does not play still understand each other.
   void checkOthers() {
     // In place of a link over which an epoch far ahead was told.
-    (void)peer_.dial(*world_.meshes[0], world_.members[0].worker_id,
-                     world_.epoch + 1, use_shm_);
+    Mesh& mesh = *world_.meshes[0];
+    const int64_t opened = mesh.counters()["links_opened"];
+    if (peer_.dial(mesh, world_.members[0].worker_id, world_.epoch + 1,
+                   use_shm_) == Handshake::State::kLinked) {
+      const Deadline deadline = Deadline::in(Milliseconds(15'000));
+      while (mesh.counters()["links_opened"] == opened) {
+        EXPECT(!deadline.expired());
+        std::this_thread::yield();
+      }
+    }
     peer_.hangUp();
     world_.seat();
     std::vector<TestOperation::Ptr> ops;

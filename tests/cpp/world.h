@@ -58,7 +58,7 @@ class TestOperation final : public Operation {
     return done_;
   }
 
-  bool is_helping = true;  // whether wait() turns the engine
+  bool is_helping = true;              // whether wait() turns the engine
   std::vector<std::vector<int>> data;  // what inputs and outputs point to
 
   Buffer own(std::vector<int> values) {
