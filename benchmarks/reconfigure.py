@@ -28,6 +28,7 @@ Case = tuple[int, int]  # ranks, groups
 
 def main() -> None:
     args = parse_args()
+    text = header()
     repairs: dict[Case, dict[str, list[Repair]]] = {}
     for size in args.ranks:
         for num_groups in args.groups:
@@ -37,7 +38,7 @@ def main() -> None:
             case = {way: measure(way, size, num_groups, args.repeats) for way in ways}
             repairs[size, num_groups] = case
             print(f"{size} ranks, {num_groups} groups: done", flush=True)
-    text = header() + "\n".join(table(repairs) + verdict(repairs)) + "\n"
+    text += "\n".join(table(repairs) + verdict(repairs)) + "\n"
     print(text)
     if args.write:
         date = time.strftime("%Y-%m-%d")
