@@ -151,6 +151,8 @@ class Fuzzed {
       }
     }
     peer_.hangUp();
+    // Twice: the first may come between its verdict and the new link.
+    world_.seat();
     world_.seat();
     std::vector<TestOperation::Ptr> ops;
     for (int rank : {0, 1}) {
