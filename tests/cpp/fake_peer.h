@@ -67,7 +67,7 @@ class FakePeer {
       size -= n;
       if (size == 0) break;
       if (deadline.expired() || hasHungUp()) return false;
-      waitFor(link_->fd(), POLLIN | POLLOUT, 1);
+      if (link_->arm(true)) waitFor(link_->fd(), POLLIN | POLLOUT, 1);
       link_->onEvents(EPOLLIN | EPOLLOUT);
     }
     return true;
@@ -82,7 +82,7 @@ class FakePeer {
       size -= n;
       if (n > 0) continue;
       if (link_->ended() || deadline.expired()) return false;
-      waitFor(link_->fd(), POLLIN, 100);
+      if (link_->arm(false)) waitFor(link_->fd(), POLLIN, 100);
       link_->onEvents(EPOLLIN);
     }
     return true;
