@@ -279,6 +279,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   // Guarded by engine_mu_.
   bool is_sleeping_ = false;  // the progress thread, until:
   Deadline sleeps_until_ = Deadline::never();
+  bool is_armed_ = false;  // it sleeps until a bell rings
   Clock::time_point helped_at_{};
   bool is_broken_down_ = false;
   EventLoop loop_;

@@ -94,7 +94,8 @@ void Mesh::loop() {
 
 void Mesh::sleep(std::unique_lock<std::mutex>& engine) {
   sleeps_until_ = nextDeadline();
-  if (num_helpers_ > 0 || Clock::now() - helped_at_ < kHelpersPause) {
+  is_armed_ = num_helpers_ == 0 && Clock::now() - helped_at_ >= kHelpersPause;
+  if (!is_armed_) {
     sleeps_until_ = std::min(sleeps_until_, Deadline::in(kHelpersPause));
   } else if (!armLinks()) {
     return loop_.poll();
@@ -168,7 +169,10 @@ void Mesh::letGo() {
   const bool is_left = must_abort_ || is_broken_down_ || loop_.hasBuried() ||
                        !listed_.empty() || !ready_.empty() ||
                        close_by_ < Deadline::never();
-  if (is_sleeping_ && (is_left || nextDeadline() < sleeps_until_)) {
+  if (!is_sleeping_) return;
+  // It has asked for bells for what it knew of: not for room where we have
+  // filled a link, and not from peers that were ahead.
+  if (is_left || nextDeadline() < sleeps_until_ || (is_armed_ && !armLinks())) {
     is_sleeping_ = false;
     waker_.wake();
   }
