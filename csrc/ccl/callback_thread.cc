@@ -30,7 +30,10 @@ struct CallbackThreads::Queue {
   void runAll();
 };
 
-CallbackThreads::CallbackThreads() : queue_(std::make_shared<Queue>()) {}
+CallbackThreads::CallbackThreads() : queue_(std::make_shared<Queue>()) {
+  std::lock_guard<std::mutex> lock(queue_->mu);
+  addThread();  // one stays, for the next callback
+}
 
 CallbackThreads::~CallbackThreads() {
   std::unique_lock<std::mutex> lock(queue_->mu);
@@ -49,6 +52,10 @@ void CallbackThreads::run(std::function<void()> callback) {
     return;
   }
   // All are busy, and may be so until this very callback has run.
+  addThread();
+}
+
+void CallbackThreads::addThread() {
   std::thread([queue = queue_] { queue->runAll(); }).detach();
   ++queue_->num_threads;
 }
@@ -69,7 +76,6 @@ void CallbackThreads::Queue::runAll() {
       callback();
     }
     lock.lock();
-    // One stays, for the next.
     if (callbacks.empty() && num_idle > 0) break;
   }
   --num_threads;

@@ -21,6 +21,8 @@ class CallbackThreads {
  private:
   struct Queue;
 
+  void addThread();  // Requires: the queue's mutex held.
+
   std::shared_ptr<Queue> queue_;  // the threads' too
 };
 
