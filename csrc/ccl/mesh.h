@@ -164,6 +164,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   // ---- with the engine held
   bool turn() noexcept;
   bool turnOnce();
+  bool hasWork() const;  // for another turn
   void breakDown(std::exception_ptr error);
   void letGo();
   bool lookAtLinks();

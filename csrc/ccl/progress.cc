@@ -166,10 +166,9 @@ void Mesh::help(const std::atomic<bool>& is_over) {
 // Before a thread that is not the progress thread lets go of the engine: the
 // progress thread takes over what it does not know of.
 void Mesh::letGo() {
-  const bool is_left = must_abort_ || is_broken_down_ || loop_.hasBuried() ||
-                       !listed_.empty() || !ready_.empty() ||
-                       close_by_ < Deadline::never();
   if (!is_sleeping_) return;
+  const bool is_left = hasWork() || is_broken_down_ || loop_.hasBuried() ||
+                       close_by_ < Deadline::never();
   // It has asked for bells for what it knew of: not for room where we have
   // filled a link, and not from peers that were ahead.
   if (is_left || nextDeadline() < sleeps_until_ || (is_armed_ && !armLinks())) {
@@ -227,8 +226,12 @@ bool Mesh::turnOnce() {
   pumpListed();
   connector_.settle();
   if (next_timeout_.expired()) checkDeadlines();
-  return worked || must_abort_ || !closing_.empty() || !missing_.empty() ||
-         !listed_.empty();
+  return worked || hasWork();
+}
+
+bool Mesh::hasWork() const {
+  return must_abort_ || !closing_.empty() || !missing_.empty() ||
+         !listed_.empty() || !ready_.empty();
 }
 
 bool Mesh::runSubmissions() {
