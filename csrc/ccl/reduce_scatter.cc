@@ -27,8 +27,9 @@ Task directReduceScatter(Operation& op) {
   if (bytes > 0) std::memcpy(share(rank), op.inputs[rank].data, bytes);
   for (Transfer& recv : recvs) co_await recv;
   for (Transfer& send : sends) co_await send;
-  for (int from = 1; from < size; ++from)
-    reduce(op.type, op.reduce_op, share(0), share(0), share(from), bytes);
+  std::vector<const void*> shares(size);
+  for (int from = 0; from < size; ++from) shares[from] = share(from);
+  reduceMany(op.type, op.reduce_op, share(0), shares.data(), size, bytes);
   if (op.reduce_op == ReduceOp::kAverage)
     divide(op.type, share(0), size, bytes);
   if (bytes > 0) std::memcpy(op.outputs[0].data, share(0), bytes);
