@@ -1,6 +1,6 @@
 """The ``torch.backends`` entry point: ``import torch`` calls ``autoload`` by itself.
 
-It only sets a hook that runs right after DeepSpeed's engine was imported. All the rest
+It only sets a hook that runs right after one of DeepSpeed's engines was imported. All the rest
 is imported when it is needed: a process that never uses us pays less than a millisecond
 (wrapt's post-import hooks would do, but importing wrapt alone takes longer than that).
 """
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-_ENGINE = "deepspeed.runtime.engine"  # the package itself may be importing torch now
+# Not the package: it may be importing torch now.
+_ENGINES = ("deepspeed.runtime.engine", "deepspeed.runtime.pipe.engine")
 
 
 def autoload() -> None:
@@ -29,7 +30,7 @@ class _PostImport:
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> Any:
         """Return what the other finders find, with a loader that runs the hook."""
-        if name != _ENGINE or self._is_searching:
+        if name not in _ENGINES or self._is_searching:
             return None
         self._is_searching = True
         try:

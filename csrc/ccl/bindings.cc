@@ -165,6 +165,7 @@ PYBIND11_MODULE(_C, m) {
              const py::gil_scoped_release release;
              mesh.startReplay(text);
            })
+      .def("hold_replay", &Mesh::holdReplay, NoGil())
       .def("stop_replay", &Mesh::stopReplay, NoGil())
       .def("lock_membership", &Mesh::lockMembership)
       .def("counters", &Mesh::counters)

@@ -152,6 +152,10 @@ void Mesh::startReplay(const std::string& log) {
   perform([&] { replaying_ = std::move(parsed); });
 }
 
+void Mesh::holdReplay(bool on) {
+  perform([&] { holds_replay_ = on; });
+}
+
 void Mesh::stopReplay() {
   perform([&] { replaying_.reset(); });
 }

@@ -102,6 +102,8 @@ class Mesh final : private Peer::Host, private Connector::Host {
   void startRecording();
   std::string stopRecording();
   void startReplay(const std::string& log);
+  // While on, operations run over the links though a log is being replayed.
+  void holdReplay(bool on);
   void stopReplay();
 
   int64_t currentEpoch() const { return public_epoch_.load(); }
@@ -307,6 +309,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   std::map<std::pair<uint64_t, uint64_t>, std::vector<Turn*>> turns_;
   std::optional<SetupLog> recording_;
   std::optional<SetupLog> replaying_;
+  bool holds_replay_ = false;
 
   std::unique_ptr<CallbackThreads> callbacks_;
   std::thread thread_;  // last: everything else is there when it starts

@@ -302,7 +302,7 @@ void Mesh::start(Operation* op) {
   op->mesh_ = this;
   ++counters_.operations;
   if (op->group->canAbsorb()) {
-    if (replaying_) {
+    if (replaying_ && !holds_replay_) {
       std::exception_ptr error;
       try {
         replaying_->answer(*op);

@@ -148,6 +148,13 @@ class Mesh:
         """Answer operations from a set-up log. ValueError if it is malformed."""
         self._native.start_replay(log)
 
+    def hold_replay(self, on: bool) -> None:
+        """While on, run operations over the links although a log is being replayed.
+
+        For what a newcomer does together with the others in the middle of its set-up.
+        """
+        self._native.hold_replay(on)
+
     def stop_replay(self) -> None:
         """Run operations over the links from here on."""
         self._native.stop_replay()

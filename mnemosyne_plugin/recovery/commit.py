@@ -3,6 +3,10 @@
 A step commits when every rank has voted for it. Whoever saw the vote succeed went on
 and holds the next version; whoever did not see it still voted, so one rank that knows
 decides for all.
+
+That is enough where state is replicated: who is behind goes on by itself. With shards
+nobody can, so all go back to the newest version that is complete everywhere, and do
+again what came after it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,18 +41,30 @@ class Report:
     """Ward -> versions of its local state that this rank keeps."""
     mirror_bytes: int = 0
     """Size of this rank's packed random state."""
+    is_sharded: bool = False
+    """Holds state that no other rank has."""
+    is_clean: bool = True
+    """Not in the middle of a mutation: the live state is just ``version``."""
+    snapshots: Sequence[int] = ()
+    """Versions of its own shard that this rank can go back to."""
+    wards: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """Ward -> versions of its shard that this rank keeps."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values; the keys of ``mirrors`` become text."""
+        """Return JSON values; keys become text."""
         return {name: getattr(self, name) for name in self.__slots__} | {
-            "mirrors": {str(ward): list(v) for ward, v in self.mirrors.items()}
+            name: {str(ward): list(v) for ward, v in getattr(self, name).items()}
+            for name in ("mirrors", "wards")
         }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Report":
         """Undo ``to_json``."""
-        mirrors = {int(ward): tuple(v) for ward, v in values["mirrors"].items()}
-        return cls(**{**values, "mirrors": mirrors})
+        by_ward = {
+            name: {int(ward): tuple(v) for ward, v in values[name].items()}
+            for name in ("mirrors", "wards")
+        }
+        return cls(**{**values, **by_ward, "snapshots": tuple(values["snapshots"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +80,8 @@ class Decision:
     """Ranks one behind: they voted, so they go on with the mutation."""
     local_sources: Mapping[int, int]
     """Newcomer -> rank that sends it its own local state."""
+    shard_sources: Mapping[int, int] = field(default_factory=dict)
+    """Newcomer -> rank that sends it its own shard."""
 
     def outcome(self, rank: int) -> Outcome:
         """Return what ``rank``, which was in a step, does with that step."""
@@ -84,6 +102,8 @@ def decide(reports: Sequence[Report]) -> Decision:
             "restart from your last checkpoint",
             ("replicated",),
         )
+    if any(report.is_sharded for report in holders):
+        return _decide_for_shards(holders, newcomers)
     target = max(report.version for report in holders)
     behind = [report for report in holders if report.version < target]
     for report in behind:
@@ -106,6 +126,46 @@ def decide(reports: Sequence[Report]) -> Decision:
     )
 
 
+def _decide_for_shards(holders: Sequence[Report], newcomers: Sequence[int]) -> Decision:
+    """Go back to the newest version that every rank or a buddy of it holds."""
+    known = {report.version for report in holders}
+    known.update(version for report in holders for version in report.snapshots)
+    for target in sorted(known, reverse=True):
+        if not all(_has(report, target) for report in holders):
+            continue
+        shard_sources = {
+            newcomer: report.rank
+            for newcomer in newcomers
+            for report in holders
+            if target in report.wards.get(newcomer, ())
+        }
+        if len(shard_sources) == len(newcomers):
+            return Decision(
+                target=target,
+                sources=tuple(report.rank for report in holders),
+                newcomers=tuple(newcomers),
+                roll_forward=(),
+                local_sources={
+                    newcomer: _local_source(newcomer, target, holders)
+                    for newcomer in newcomers
+                    if target > 0
+                },
+                shard_sources=shard_sources,
+            )
+    kept = {ward for report in holders for ward in report.wards if report.wards[ward]}
+    lost = tuple(newcomer for newcomer in newcomers if newcomer not in kept)
+    raise NoSourceForState(
+        f"the shards of ranks {list(lost or newcomers)} are lost: they and all their "
+        "buddies died together; restart from your last checkpoint",
+        tuple(f"shard/{rank}" for rank in lost or newcomers),
+    )
+
+
+def _has(report: Report, version: int) -> bool:
+    is_live = report.is_clean and report.version == version
+    return is_live or version in report.snapshots
+
+
 def _local_source(newcomer: int, target: int, holders: Sequence[Report]) -> int:
     for report in holders:
         if target in report.mirrors.get(newcomer, ()):
@@ -118,15 +178,25 @@ def _local_source(newcomer: int, target: int, holders: Sequence[Report]) -> int:
     )
 
 
-def buddies(rank: int, world_size: int, count: int) -> tuple[int, ...]:
-    """Return the ranks that keep ``rank``'s local state: the next ones in the ring."""
-    return tuple(
-        (rank + i) % world_size for i in range(1, min(count, world_size - 1) + 1)
-    )
+def buddies(rank: int, nodes: Sequence[int], count: int) -> tuple[int, ...]:
+    """Return the ranks that keep what only ``rank`` has.
+
+    nodes: the node that each rank is on. All ranks take their buddies at the same
+    distances in the ring, so each keeps for as many as keep for it; distances at which
+    more ranks have a buddy on another node come first, then short ones.
+    """
+    return tuple((rank + shift) % len(nodes) for shift in _shifts(nodes, count))
 
 
-def wards(rank: int, world_size: int, count: int) -> tuple[int, ...]:
-    """Return the ranks whose local state ``rank`` keeps."""
-    return tuple(
-        (rank - i) % world_size for i in range(1, min(count, world_size - 1) + 1)
-    )
+def wards(rank: int, nodes: Sequence[int], count: int) -> tuple[int, ...]:
+    """Return the ranks whose state ``rank`` keeps."""
+    return tuple((rank - shift) % len(nodes) for shift in _shifts(nodes, count))
+
+
+def _shifts(nodes: Sequence[int], count: int) -> list[int]:
+    size = len(nodes)
+
+    def num_near(shift: int) -> int:
+        return sum(nodes[rank] == nodes[(rank + shift) % size] for rank in range(size))
+
+    return sorted(range(1, size), key=lambda shift: (num_near(shift), shift))[:count]

@@ -10,8 +10,8 @@ import logging
 import pickle
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Protocol
 
@@ -32,8 +32,9 @@ from mnemosyne_plugin.recovery.commit import (
 from mnemosyne_plugin.recovery.control import ControlGroup
 from mnemosyne_plugin.recovery.membership import Membership
 from mnemosyne_plugin.state.manifest import TrainingState
+from mnemosyne_plugin.state.mirror import Mirrors, capacity_for
 from mnemosyne_plugin.state.rng import RngState, capture_rng, restore_rng, same_rng
-from mnemosyne_plugin.state.snapshot import Mirrors, capacity_for
+from mnemosyne_plugin.state.snapshot import Shard, Snapshots, receive_refill
 from mnemosyne_plugin.state.transfer import (
     receive_blob,
     receive_state,
@@ -111,8 +112,16 @@ class Manager:
         self._begin_rng: RngState | None = None
         self._has_moved_between = False
         self._is_first_step = self._is_newcomer
-        ring = (self.rank, self.world_size, _NUM_BUDDIES)
+        self._nodes = [member.agent for member in seat.membership.members]
+        ring = (self.rank, self._nodes, _NUM_BUDDIES)
         self._mirrors = Mirrors(buddies(*ring), wards(*ring))
+        self._shard: Shard | None = None
+        self._redo: Callable[[], None] | None = None
+        self._is_protected_by_snapshot = False
+        self._is_clean = True
+        self._furthest = 0
+        self.horizon = 0
+        """Steps before this one are never made again."""
 
     # --- set-up -------------------------------------------------------------------
 
@@ -134,17 +143,36 @@ class Manager:
         serve_process_groups(lambda: self.is_setting_up_alone)
         self._agent.start()
 
-    def attach(self, training: TrainingState, position: Position | None) -> None:
+    def attach(
+        self,
+        training: TrainingState,
+        position: Position | None,
+        shard: Shard | None = None,
+        *,
+        redo: Callable[[], None] | None = None,
+        num_buddies: int = 1,
+        snapshot_every: int = 1,
+    ) -> None:
         """Protect this state. On a newcomer it returns with the job's state in place.
 
         Called by an adapter when the script has built everything, before its first
         step. Raises FatalError if nobody holds the state.
+
+        shard: what only this rank has; its buddies keep snapshots of it.
+        redo: makes the steps from ``version`` on again, where the job went back.
         """
         if self._training is not None:
             raise FatalError("one training state per process can be protected")
         self._training = training
         self._position = position
-        self._agent.send("protected", step=self.version)
+        self._shard = shard
+        self._redo = redo
+        if shard is not None:
+            ring = (self.rank, self._nodes, num_buddies)
+            self._snapshots = Snapshots(buddies(*ring), wards(*ring), snapshot_every)
+            self._mirrors.num_kept = 2 * snapshot_every + 1
+        if shard is None or self._is_newcomer:
+            self._agent.send("protected", step=self.version)
         self._agent.send("modules", names=list(sys.modules))
         if self._is_newcomer:
             self._events.emit("setup_done", epoch=self.mesh.epoch, rank=self.rank)
@@ -157,17 +185,30 @@ class Manager:
         if self._on_phase is not None:
             self._on_phase(self.rank, name, self.version)
 
-    def begin(self) -> None:
-        """Begin step number ``version``: from here to ``end`` failures are absorbed."""
+    @property
+    def has_failed(self) -> bool:
+        """Whether a failure is latched: what the step has computed may be wrong."""
+        return self.mesh.failure() is not None
+
+    def begin(self) -> Outcome:
+        """Begin step number ``version``: from here to ``end`` failures are absorbed.
+
+        REDO: the job went back; make the steps from ``version`` on again, and call
+        ``begin`` again.
+        """
         self.phase("between")
         if self._is_setting_up:
             self._end_setup()
         while True:
             try:
                 self._begin()
-                return
+                return Outcome.COMMIT
             except RecoverableError:
+                before = self.version
                 self._recover()
+                if self.version < before:
+                    self._emit_redo()
+                    return Outcome.REDO
 
     def _begin(self) -> None:
         failure = self.mesh.failure()
@@ -181,48 +222,88 @@ class Manager:
             pack = pickle.dumps(rng)
             if not self._mirrors.is_connected:
                 self._connect_mirrors(self._control.maximum(len(pack)))
+                self._first_snapshot()
             self._has_moved_between |= self._rng is not None
             self._rng = rng
             self._mirrors.send_begin(self.version, pack)
         self.mesh.absorb(True)
 
+    def _first_snapshot(self) -> None:
+        if self._shard is None or self._is_protected_by_snapshot:
+            return
+        self._snapshots.connect(self._control, self._control.standing, ())
+        self._snapshots.take(self.version, self._shard)
+        self._snapshots.complete(self.version)
+        self._is_protected_by_snapshot = True
+        self._agent.send("protected", step=self.version)
+
     def commit(self) -> Outcome:
         """Vote, in front of the first mutation; all reductions are done.
 
-        COMMIT: mutate now, then call ``end``. REDO: the job was repaired; drop the
-        gradients, run the step again and call ``commit`` again.
+        COMMIT: mutate now, then call ``end``. REDO: drop the gradients, call
+        ``recover``, make the steps from ``version`` on again and call ``commit`` again.
         """
+        rng = capture_rng()
         try:
             failure = self.mesh.failure()
             if failure is not None:
                 raise failure
-            rng = capture_rng()
-            self._mirrors.remember(self.version + 1, self._pack(rng))
-            self._mirrors.collect()
+            if self.version == self._furthest:  # else it is remembered
+                self._mirrors.remember(self.version + 1, self._pack(rng))
+            self.collect()
             self._mirrors.exchange(self.version + 1)
+            if self._shard is not None:
+                self._snapshots.complete(self.version)
             self.phase("vote")
             self._vote()
         except RecoverableError:
-            decision = self._recover()
-            if decision.outcome(self.rank) is Outcome.REDO:
-                self._has_voted = False
-                self._events.emit(
-                    "redo", epoch=self.mesh.epoch, rank=self.rank, step=self.version
-                )
+            if self._shard is not None or self.recover() is Outcome.REDO:
                 return Outcome.REDO
             # The others have done this mutation, collectives in it included.
             self.mesh.start_replay(b"")
             rng = capture_rng()
         self._rng = rng
+        self._is_clean = False
+        is_sharded = self._shard is not None
+        self.horizon = (
+            self._snapshots.due(self.version) if is_sharded else self.version + 1
+        )
         self.phase("optimizer")
         return Outcome.COMMIT
 
-    def end(self) -> None:
-        """End the step: its mutation is done, ``version`` is one more."""
+    def collect(self) -> None:
+        """Take in what buddies have sent, without waiting. Called now and then."""
+        self._mirrors.collect()
+        if self._shard is not None:
+            self._snapshots.collect()
+
+    def recover(self) -> Outcome:
+        """Repair the job if it has failed; tell what to do with the step in hand.
+
+        REDO, also where nothing has failed: make the steps from ``version`` on.
+        """
+        if self.has_failed:
+            decision = self._recover()
+            if decision.outcome(self.rank) is Outcome.COMMIT:
+                return Outcome.COMMIT
+            self._emit_redo()
+        return Outcome.REDO
+
+    def end(self) -> Outcome:
+        """End the step: its mutation is done, ``version`` is one more.
+
+        REDO, only with a shard: a failure has spoiled the mutation; ``recover``.
+        """
         self.mesh.stop_replay()
+        if self._shard is not None and self.has_failed:
+            return Outcome.REDO
         self.mesh.absorb(False)
         self.version += 1
+        self._furthest = max(self._furthest, self.version)
         self._has_voted = False
+        self._is_clean = True
+        if self._shard is not None:
+            self._snapshots.take(self.version, self._shard)
         if self._is_first_step:
             self._is_first_step = False
             self._events.emit(
@@ -231,17 +312,34 @@ class Manager:
                 rank=self.rank,
                 step=self.version - 1,
             )
+        return Outcome.COMMIT
 
     def finish(self) -> None:
         """The script is done: stay as a source of state until all ranks are."""
+        if self._shard is not None and self._is_protected_by_snapshot:
+            self._settle()
         self._agent.send("done")
         while (membership := self._agent.wait_for_news(None)) is not None:
             if self._agent.is_finished:
                 return
             if self._training is not None:
                 self._recover()
+                self._settle()
             else:
                 self._agent.reconfigure(membership)
+
+    def _settle(self) -> None:
+        """Behind the last step: make again what was lost, and see it kept."""
+        while self._shard is not None:
+            try:
+                if self.version < self._furthest:
+                    assert self._redo is not None
+                    self._redo()
+                self._mirrors.exchange(self.version)
+                self._snapshots.complete(self.version)
+                return
+            except RecoverableError:
+                self._recover()
 
     def close(self) -> None:
         """Stop the thread. The mesh and the channel belong to the caller."""
@@ -275,6 +373,12 @@ class Manager:
                 logger.info("rank=%d recovery failed: %s; again", self.rank, error)
                 self._enter(State.FENCED)
 
+    def _emit_redo(self) -> None:
+        self._has_voted = False
+        self._events.emit(
+            "redo", epoch=self.mesh.epoch, rank=self.rank, step=self.version
+        )
+
     def _recover_once(self, deadline: float) -> Decision:
         failure = self.mesh.failure()
         if failure is not None or self._agent.membership.epoch > self.mesh.epoch:
@@ -296,15 +400,18 @@ class Manager:
         reports = self._exchange_reports()
         decision = decide(reports)
         self._enter(State.RESTORING)
+        self.phase("recovery")
         largest = max(report.mirror_bytes for report in reports)
         self._restore(decision)
         self._connect_mirrors(largest)
         self._mirrors.exchange(decision.target)
+        if self._shard is not None:
+            self._connect_snapshots(reports, decision.target)
         self._is_first_step = True
         return decision
 
     def _exchange_reports(self) -> list[Report]:
-        self._mirrors.collect()
+        self._mirrors.collect_last()
         report = Report(
             rank=self.rank,
             newcomer=self._is_newcomer,
@@ -313,6 +420,15 @@ class Manager:
             mirrors=self._mirrors.held(),
             mirror_bytes=len(pickle.dumps(capture_rng())),
         )
+        if self._shard is not None:
+            self._snapshots.collect_last()
+            report = replace(
+                report,
+                is_sharded=True,
+                is_clean=self._is_clean,
+                snapshots=self._snapshots.versions(),
+                wards=self._snapshots.held(),
+            )
         blobs = self._control.gather(json.dumps(report.to_json()).encode())
         return [Report.from_json(json.loads(blob)) for blob in blobs]
 
@@ -320,10 +436,45 @@ class Manager:
         capacity = capacity_for(largest_pack_bytes)
         self._mirrors.connect(self._control, self._control.standing, capacity)
 
+    def _connect_snapshots(self, reports: Sequence[Report], target: int) -> None:
+        """Send the snapshot of ``target`` to the buddies that lack it."""
+        assert self._shard is not None
+        newest = self._snapshots.due(target)
+        holders = [r.rank for r in reports if newest in r.wards.get(self.rank, ())]
+        self._snapshots.connect(self._control, self._control.standing, holders)
+        self._is_protected_by_snapshot = True
+
+    def _go_back(self, target: int) -> None:
+        """Bring the shard to ``target``; nobody's mutation is half done then."""
+        assert self._training is not None and self._shard is not None
+        if not self._is_clean or self.version != target:
+            self._is_clean = False
+            self._snapshots.own(target).load(self._shard)
+            self.version = target
+            pack = self._mirrors.own(target)
+            self._rng = pickle.loads(pack)["rng"] if pack else None
+        else:
+            self._training.rewind()
+        self._snapshots.forget_after(target)
+
+    def _rebuild(self) -> None:
+        """With all shards in place, make what follows from them. Collective."""
+        assert self._shard is not None
+        self.mesh.absorb(False)
+        self.mesh.hold_replay(True)
+        try:
+            self._shard.rebuild()
+        finally:
+            self.mesh.hold_replay(False)
+        self._is_clean = True
+
     def _restore(self, decision: Decision) -> None:
         assert self._training is not None
         if self.rank in decision.sources:
-            self._training.rewind()
+            if self._shard is not None:
+                self._go_back(decision.target)
+            else:
+                self._training.rewind()
         packs: dict[int, bytes] = {}
         works: list[Any] = []
         for newcomer, source in decision.local_sources.items():
@@ -335,6 +486,11 @@ class Manager:
             elif newcomer == self.rank:
                 packs[source] = receive_blob(self._control, source, _LOCAL_TAG)
         begun = time.monotonic()
+        for newcomer, source in decision.shard_sources.items():
+            if source == self.rank:
+                works += self._snapshots.refill(
+                    self._control, newcomer, decision.target
+                )
         for newcomer in decision.newcomers:
             if self.rank in decision.sources:
                 send_state(
@@ -350,6 +506,12 @@ class Manager:
             size = receive_state(
                 self._control, self._training, sources=decision.sources
             )
+            if self._shard is not None:
+                image = receive_refill(self._control, decision.shard_sources[self.rank])
+                self._is_clean = False
+                image.load(self._shard)
+                self._snapshots.adopt(image)
+                size += len(image.data)
             self._events.emit(
                 "state_received",
                 epoch=self.mesh.epoch,
@@ -359,8 +521,10 @@ class Manager:
             )
             for pair_bytes in packs.values():
                 self._take_local(decision.target, *pickle.loads(pair_bytes))
-            self.version = decision.target
-            self._is_newcomer = False
+            self.version = self._furthest = decision.target
+        if self._shard is not None:
+            self._rebuild()
+        self._is_newcomer = False
 
     def _take_local(self, version: int, after: bytes, begin: bytes) -> None:
         self._mirrors.remember(version, after)

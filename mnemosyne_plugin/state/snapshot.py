@@ -1,136 +1,305 @@
-"""Local state of each rank (RNG, data position), kept by its buddies in host memory.
+"""Snapshots of state without a replica (a ZeRO shard), here and with the buddies.
 
-A *pack* is the pickled local state of one rank at one version (number of committed
-steps). Each rank sends the pack of the next version to its buddies before it votes, and
-votes only when it holds its wards' packs: so a committed step implies that every
-rank's local state survives the rank. A smaller pack travels at the begin of a
-step, only if the script moved a generator between two steps.
+After a step each rank copies its shard into host memory and sends the copy to its
+buddies while the next step computes. Its own copy undoes a step that was half done; a
+buddy's copy refills a newcomer. Of each rank the newest two versions are kept, and a
+rank votes only when it holds its wards' newest: so whatever dies and when, one
+version is complete everywhere.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import ctypes
+import pickle
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from mnemosyne_plugin.errors import RecoverableError, StateMismatch
-from mnemosyne_plugin.state.transfer import Endpoint, receive_blob, send_blob
+from mnemosyne_plugin.state.manifest import Entry, describe
+from mnemosyne_plugin.state.transfer import Endpoint
 
-_AFTER_TAG, _BEGIN_TAG = 111, 112
-_HEADER_BYTES = 16  # version and length, little-endian int64 each
-_KEPT_VERSIONS = 2  # the committed one, and the one that the vote in flight decides
+_HEADER_TAG, _DATA_TAG, _REFILL_TAG = 131, 132, 133
+_KEPT_VERSIONS = 2
+_ALIGNMENT = 64
 
 
-class Mirrors:
-    """This rank's packs, and those of its wards. Used by one thread at a time."""
+class Shard(Protocol):
+    """State that only this rank has; adapters implement it for their trainer."""
 
-    def __init__(self, buddies: Sequence[int], wards: Sequence[int]) -> None:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the live tensors."""
+
+    def allocate(self, manifest: Sequence[Entry]) -> dict[str, torch.Tensor]:
+        """Have just the tensors that ``manifest`` names, and return them.
+
+        Raises StateMismatch where the trainer has built something else.
+        """
+
+    def scalars(self) -> dict[str, Any]:
+        """Return the rest as it is between two steps. Picklable."""
+
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        """Take what ``scalars`` returned."""
+
+    def rebuild(self) -> None:
+        """Make all that follows from the shards of all ranks, such as parameters.
+
+        Collective over the trainer's groups: every rank has loaded its shard.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One version of one rank's shard: the tensors' bytes, then the pickled rest."""
+
+    version: int
+    data: torch.Tensor
+    """``[size_bytes]`` uint8, in host memory."""
+    body_bytes: int
+    crc: int
+
+    def header(self) -> torch.Tensor:
+        """Return what ``of_header`` needs, ``[4]`` int64."""
+        numbers = (self.version, len(self.data), self.body_bytes, self.crc)
+        return torch.tensor(numbers, dtype=torch.int64)
+
+    @classmethod
+    def of_header(cls, header: torch.Tensor, spare: torch.Tensor | None) -> "Image":
+        """Return an image whose data are still to be received."""
+        version, size, body_bytes, crc = (int(number) for number in header)
+        return cls(version, _buffer(size, spare), body_bytes, crc)
+
+    @classmethod
+    def of(cls, version: int, shard: Shard, spare: torch.Tensor | None) -> "Image":
+        """Copy ``shard`` as it is now, into ``spare`` if that has the right size."""
+        tensors = shard.tensors()
+        head = pickle.dumps((describe(tensors), shard.scalars()))
+        sizes = [t.numel() * t.element_size() for t in tensors.values()]
+        begins, body_bytes = _places(sizes)
+        data = _buffer(body_bytes + len(head), spare)
+        for tensor, begin, size in zip(tensors.values(), begins, sizes, strict=True):
+            part = data[begin : begin + size].view(tensor.dtype)
+            part.copy_(tensor.detach().reshape(-1))
+        data[body_bytes:] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        return cls(version, data, body_bytes, _checksum(data))
+
+    def load(self, shard: Shard) -> None:
+        """Put the contents back into ``shard``; StateMismatch if they are damaged."""
+        if _checksum(self.data) != self.crc:
+            raise StateMismatch(
+                f"the snapshot of version {self.version} fails its checksum",
+                key="snapshot",
+            )
+        manifest, scalars = pickle.loads(bytes(self.data[self.body_bytes :].numpy()))
+        tensors = shard.allocate(manifest)
+        begins, _ = _places([entry.size_bytes for entry in manifest])
+        with torch.no_grad():
+            for entry, begin in zip(manifest, begins, strict=True):
+                part = self.data[begin : begin + entry.size_bytes]
+                tensor = tensors[entry.key]
+                tensor.copy_(part.view(tensor.dtype).reshape(tensor.shape))
+        shard.load_scalars(scalars)
+
+
+class Snapshots:
+    """This rank's images and those of its wards. Used by one thread at a time."""
+
+    def __init__(
+        self, buddies: Sequence[int], wards: Sequence[int], every: int = 1
+    ) -> None:
+        """Keep snapshots of each version that ``every`` divides."""
         self._buddies = buddies
-        self._wards = wards
-        self._own: dict[int, bytes] = {}
-        self._after: dict[int, dict[int, bytes]] = {ward: {} for ward in wards}
-        self._begin: dict[int, dict[int, bytes]] = {ward: {} for ward in wards}
-        self._own_begin = (0, b"")
-        self._capacity = 0
-        self._pending: dict[int, tuple[torch.Tensor, Any]] = {}
+        self._every = every
+        self._own: dict[int, Image] = {}
+        self._of_wards: dict[int, dict[int, Image]] = {ward: {} for ward in wards}
+        self._incoming: dict[int, _Incoming] = {}
+        self._spare: list[torch.Tensor] = []
         self._sends: list[Any] = []
+        self._endpoints: tuple[Endpoint, Endpoint] | None = None
 
-    @property
-    def is_connected(self) -> bool:
-        """Whether the ranks have agreed on a capacity."""
-        return self._capacity > 0
+    def connect(
+        self, endpoint: Endpoint, standing: Endpoint, holders: Collection[int]
+    ) -> None:
+        """Use these endpoints from now on: called in every new epoch.
 
-    def connect(self, endpoint: Endpoint, standing: Endpoint, capacity: int) -> None:
-        """Use these endpoints from now on. Every rank must pass the same ``capacity``.
-
+        holders: the buddies that have this rank's newest image already.
         standing: for receives that may never be answered, so without a deadline.
-        Called in every new epoch, because receives of the old one are cancelled.
         """
-        self._endpoint = endpoint
-        self._standing = standing
-        self._capacity = capacity
+        self._endpoints = endpoint, standing
         self._sends = []
-        self._pending = {ward: self._receive_begin(ward) for ward in self._wards}
-        if self._own_begin[1]:
-            self.send_begin(*self._own_begin)
+        self._incoming = {
+            ward: _Incoming(endpoint, standing, ward) for ward in self._of_wards
+        }
+        if self._own:
+            self._send(self._own[max(self._own)], set(self._buddies) - set(holders))
 
-    def remember(self, version: int, pack: bytes) -> None:
-        """Keep this rank's own pack, to be sent by ``exchange``."""
-        self._own[version] = pack
-        _forget(self._own)
+    def due(self, version: int) -> int:
+        """Return the newest version up to ``version`` of which there are snapshots."""
+        return version - version % self._every
 
-    def exchange(self, version: int) -> None:
-        """Send the own pack of ``version`` and wait for those of all wards.
-
-        A rank without such a pack (nothing is committed yet) sends an empty one.
-        """
-        content = version.to_bytes(8, "little") + self._own.get(version, b"")
-        works = self._sends
-        self._sends = []
-        for buddy in self._buddies:
-            works += send_blob(self._endpoint, content, buddy, _AFTER_TAG)
-        for ward in self._wards:
-            blob = receive_blob(self._endpoint, ward, _AFTER_TAG)
-            if blob[8:]:
-                self._after[ward][int.from_bytes(blob[:8], "little")] = blob[8:]
-                _forget(self._after[ward])
-        for work in works:
-            work.wait()
-
-    def send_begin(self, version: int, pack: bytes) -> None:
-        """Start sending the pack of the begin of a step; nobody waits for it."""
-        self._own_begin = (version, pack)
-        self._sends += self._send_begin(version, pack)
+    def take(self, version: int, shard: Shard) -> None:
+        """Copy the shard if a snapshot of ``version`` is due, and start sending it."""
+        if self.due(version) != version:
+            return
+        spare = self._spare.pop() if self._spare else None
+        self._own[version] = Image.of(version, shard, spare)
+        for old in sorted(self._own)[:-_KEPT_VERSIONS]:
+            self._spare = [self._own.pop(old).data]
+        if self._endpoints is not None:
+            self._send(self._own[version], self._buddies)
 
     def collect(self) -> None:
-        """Take in the begin packs that have arrived."""
-        for ward, (buffer, work) in self._pending.items():
-            while work.is_completed():
-                try:
-                    work.wait()
-                except RecoverableError:
-                    break  # cancelled; `connect` asks again
-                self._keep_begin(ward, buffer)
-                buffer, work = self._pending[ward] = self._receive_begin(ward)
+        """Take in what has arrived of the wards' images, without waiting."""
+        for ward, incoming in self._incoming.items():
+            while (image := incoming.poll()) is not None:
+                self._keep(ward, image)
+
+    def collect_last(self) -> None:
+        """As ``collect``, behind the end of an epoch: nothing more will arrive."""
+        for ward, incoming in self._incoming.items():
+            if (image := incoming.last()) is not None:
+                self._keep(ward, image)
+        self._incoming = {}
+
+    def complete(self, version: int) -> None:
+        """Wait until this rank's wards' snapshots, and its own, are where they belong.
+
+        Raises the RecoverableError that ended the transfer.
+        """
+        for ward, images in self._of_wards.items():
+            while self.due(version) not in images:
+                self._keep(ward, self._incoming[ward].wait())
+        for work in self._sends:
+            work.wait()
+        self._sends = []
+
+    def own(self, version: int) -> Image:
+        """Return this rank's image of ``version``."""
+        return self._own[version]
+
+    def versions(self) -> tuple[int, ...]:
+        """Return the versions of this rank that it holds."""
+        return tuple(self._own)
 
     def held(self) -> dict[int, tuple[int, ...]]:
-        """Return ward -> versions whose pack this rank holds."""
-        return {ward: tuple(packs) for ward, packs in self._after.items()}
+        """Return ward -> versions of it that this rank holds."""
+        return {ward: tuple(images) for ward, images in self._of_wards.items()}
 
-    def packs_of(self, ward: int, version: int) -> tuple[bytes, bytes]:
-        """Return a ward's packs after the last and at the begin of the next step."""
-        after, begin = self._after[ward], self._begin[ward]
-        return after.get(version, b""), begin.get(version, b"")
+    def adopt(self, image: Image) -> None:
+        """On a newcomer: its own snapshot is the one that a buddy had kept."""
+        self._own[image.version] = image
 
-    def _send_begin(self, version: int, pack: bytes) -> list[Any]:
-        if len(pack) > self._capacity - _HEADER_BYTES:
-            raise StateMismatch(
-                f"random state grew to {len(pack)} bytes, its buddies expect at most "
-                f"{self._capacity - _HEADER_BYTES}",
-                key="local",
-            )
-        header = version.to_bytes(8, "little") + len(pack).to_bytes(8, "little")
-        buffer = torch.zeros(self._capacity, dtype=torch.uint8)
-        content = torch.frombuffer(bytearray(header + pack), dtype=torch.uint8)
-        buffer[: len(content)] = content
-        return [self._standing.send([buffer], to, _BEGIN_TAG) for to in self._buddies]
+    def forget_after(self, version: int) -> None:
+        """Drop all newer versions: the job has gone back to this one."""
+        for images in (self._own, *self._of_wards.values()):
+            for newer in [number for number in images if number > version]:
+                del images[newer]
 
-    def _receive_begin(self, ward: int) -> tuple[torch.Tensor, Any]:
-        buffer = torch.empty(self._capacity, dtype=torch.uint8)
-        return buffer, self._standing.recv([buffer], ward, _BEGIN_TAG)
+    def size_bytes(self) -> int:
+        """Return the size of one version of this rank, 0 before the first."""
+        return len(self._own[max(self._own)].data) if self._own else 0
 
-    def _keep_begin(self, ward: int, buffer: torch.Tensor) -> None:
-        content = bytes(buffer.numpy())
-        version = int.from_bytes(content[:8], "little")
-        length = int.from_bytes(content[8:_HEADER_BYTES], "little")
-        self._begin[ward][version] = content[_HEADER_BYTES : _HEADER_BYTES + length]
-        _forget(self._begin[ward])
+    def _send(self, image: Image, buddies: Collection[int]) -> None:
+        assert self._endpoints is not None
+        endpoint, standing = self._endpoints
+        for buddy in sorted(buddies):
+            self._sends.append(standing.send([image.header()], buddy, _HEADER_TAG))
+            self._sends.append(endpoint.send([image.data], buddy, _DATA_TAG))
+
+    def _keep(self, ward: int, image: Image) -> None:
+        images = self._of_wards[ward]
+        images[image.version] = image
+        for old in sorted(images)[:-_KEPT_VERSIONS]:
+            self._incoming[ward].spare = images.pop(old).data
+
+    def refill(self, endpoint: Endpoint, ward: int, version: int) -> list[Any]:
+        """Start sending a ward's image to the newcomer that has its rank now."""
+        image = self._of_wards[ward][version]
+        return [
+            endpoint.send([content], ward, _REFILL_TAG)
+            for content in (image.header(), image.data)
+        ]
 
 
-def capacity_for(largest_pack_bytes: int) -> int:
-    """Return the message size that all ranks use: room to grow to twice the size."""
-    return _HEADER_BYTES + 4096 * (-(-2 * largest_pack_bytes // 4096))
+class _Incoming:
+    """Receives the images of one ward, one after the other."""
+
+    def __init__(self, endpoint: Endpoint, standing: Endpoint, ward: int) -> None:
+        self._endpoint = endpoint
+        self._standing = standing
+        self._ward = ward
+        self.spare: torch.Tensor | None = None
+        self._expect_header()
+
+    def poll(self) -> Image | None:
+        """Return the next image if it is complete; never waits."""
+        try:
+            if self._image is None and self._work.is_completed():
+                self._expect_data()
+            is_here = self._image is not None and self._work.is_completed()
+            return self.wait() if is_here else None
+        except RecoverableError:
+            return None  # cancelled; the next `connect` asks again
+
+    def last(self) -> Image | None:
+        """Return the image that is complete, if any, and expect no further one."""
+        try:
+            if self._image is not None and self._work.is_completed():
+                self._work.wait()
+                return self._image
+        except RecoverableError:
+            pass
+        return None
+
+    def wait(self) -> Image:
+        """Wait for the next image."""
+        if self._image is None:
+            self._expect_data()
+        assert self._image is not None
+        self._work.wait()
+        image = self._image
+        self._expect_header()
+        return image
+
+    def _expect_header(self) -> None:
+        self._image: Image | None = None
+        self._header = torch.zeros(4, dtype=torch.int64)
+        self._work = self._standing.recv([self._header], self._ward, _HEADER_TAG)
+
+    def _expect_data(self) -> None:
+        self._work.wait()
+        self._image = Image.of_header(self._header, self.spare)
+        self.spare = None
+        self._work = self._endpoint.recv([self._image.data], self._ward, _DATA_TAG)
 
 
-def _forget(packs: dict[int, bytes]) -> None:
-    for version in sorted(packs)[:-_KEPT_VERSIONS]:
-        del packs[version]
+def receive_refill(endpoint: Endpoint, source: int) -> Image:
+    """On a newcomer: wait for the image that ``Snapshots.refill`` sends."""
+    header = torch.zeros(4, dtype=torch.int64)
+    endpoint.recv([header], source, _REFILL_TAG).wait()
+    image = Image.of_header(header, None)
+    endpoint.recv([image.data], source, _REFILL_TAG).wait()
+    return image
+
+
+def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Return where each tensor begins, and where the last one ends."""
+    begins, end = [], 0
+    for size in sizes:
+        begins.append(end)
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return begins, end
+
+
+def _buffer(size: int, spare: torch.Tensor | None) -> torch.Tensor:
+    """Return ``spare`` if it fits: fresh memory costs a page fault per 4 KiB."""
+    if spare is not None and len(spare) == size:
+        return spare
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def _checksum(data: torch.Tensor) -> int:
+    memory = (ctypes.c_char * len(data)).from_address(data.data_ptr())
+    return zlib.crc32(memory)

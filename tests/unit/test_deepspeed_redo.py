@@ -25,25 +25,30 @@ from mnemosyne_plugin.recovery.commit import Outcome  # noqa: E402
 NUM_STEPS = 5
 
 
-class FakeMesh:
-    def absorb(self, on: bool) -> None:
-        pass
-
-
 class FakeManager:
     """Says REDO once at each of the steps that the test names."""
 
-    mesh = FakeMesh()
+    has_failed = False
 
     def __init__(self, redone_steps: set[int]) -> None:
         self.version = 0
         self.left = set(redone_steps)
 
+    @property
+    def horizon(self) -> int:
+        return self.version
+
     def phase(self, name: str) -> None:
         pass
 
-    def begin(self) -> None:
+    def collect(self) -> None:
         pass
+
+    def begin(self) -> Outcome:
+        return Outcome.COMMIT
+
+    def recover(self) -> Outcome:
+        return Outcome.REDO
 
     def commit(self) -> Outcome:
         if self.version in self.left:
@@ -51,8 +56,9 @@ class FakeManager:
             return Outcome.REDO
         return Outcome.COMMIT
 
-    def end(self) -> None:
+    def end(self) -> Outcome:
         self.version += 1
+        return Outcome.COMMIT
 
 
 class Model(torch.nn.Module):

@@ -10,7 +10,7 @@ import torch
 
 from mnemosyne_plugin.errors import StateMismatch
 from mnemosyne_plugin.state.manifest import Entry
-from mnemosyne_plugin.state.snapshot import Mirrors, capacity_for
+from mnemosyne_plugin.state.mirror import Mirrors, capacity_for
 from mnemosyne_plugin.state.torch_state import (
     Buffers,
     Tensors,

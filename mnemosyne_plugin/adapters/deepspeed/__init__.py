@@ -14,24 +14,33 @@ if TYPE_CHECKING:
     from mnemosyne_plugin.recovery.manager import Manager
 
 
+_CLASSES = {
+    "deepspeed.runtime.engine": "DeepSpeedEngine",
+    "deepspeed.runtime.pipe.engine": "PipelineEngine",
+}
+
+
 def hook(engine_module: Any) -> None:
     """Have every engine protected when it is built, if its config asks for it.
 
-    Called right after ``deepspeed.runtime.engine`` was imported.
+    Called right after a module of DeepSpeed with an engine class was imported.
     """
-    engine_class = getattr(engine_module, "DeepSpeedEngine", None)
+    name = _CLASSES[engine_module.__name__]
+    engine_class = getattr(engine_module, name, None)
     if engine_class is None:
-        raise ConfigError("this DeepSpeed has no engine; want 0.19.8 to 0.19.x")
+        raise ConfigError(f"this DeepSpeed has no {name}; want 0.19.8 to 0.19.x")
     if "MNEMOSYNE_WORKER" in os.environ:
         _leave_out_shm_op()
     initialize = engine_class.__init__
 
     @functools.wraps(initialize)
     def wrapper(engine: Any, *args: Any, **kwargs: Any) -> None:
+        is_whole = "_mnemosyne_is_building" not in vars(engine)
+        vars(engine)["_mnemosyne_is_building"] = True
         if isinstance(kwargs.get("config"), dict) and _is_enabled(kwargs["config"]):
             _manager()  # refuse before the engine is built
         initialize(engine, *args, **kwargs)
-        if _is_enabled(engine.config or {}):
+        if is_whole and _is_enabled(engine.config or {}):  # not inside of a subclass's
             attach(engine)
 
     engine_class.__init__ = wrapper
@@ -59,21 +68,31 @@ def attach(engine: Any) -> None:
     """
     manager = _manager()
     # Imported here, so that a process that only imports deepspeed does not pay for it.
-    from mnemosyne_plugin.adapters.deepspeed.hooks import EngineHooks, check_targets
+    from mnemosyne_plugin.adapters.deepspeed import hooks, pipe
     from mnemosyne_plugin.adapters.deepspeed.loader import PositionedLoader
     from mnemosyne_plugin.adapters.deepspeed.state import EngineState, check_supported
+    from mnemosyne_plugin.adapters.deepspeed.zero import STAGES, ZeroState
 
-    check_targets(engine)
+    is_pipeline = engine.pipeline_parallelism
+    (pipe if is_pipeline else hooks).check_targets(engine)
     check_supported(engine)
+    is_zero = type(engine.optimizer).__name__ in STAGES
+    state = ZeroState(engine) if is_zero else EngineState(engine)
     position = None
     if engine.training_dataloader is not None:
         position = PositionedLoader(engine.training_dataloader, manager)
         engine.training_dataloader = position
     if manager.rank == 0 and not manager.is_setting_up_alone:
         print(_summary(manager.world_size, position is not None), flush=True)
-    state = EngineState(engine)
-    manager.attach(state, position)
-    EngineHooks(engine, state, manager).install()
+    kind = pipe.PipelineHooks if is_pipeline else hooks.EngineHooks
+    engine_hooks = kind(engine, state, manager)
+    if isinstance(state, EngineState) and not is_pipeline:
+        manager.attach(state, position)
+    else:
+        manager.attach(
+            state.replicated(), position, shard=state, redo=engine_hooks.catch_up
+        )
+    engine_hooks.install()
 
 
 def _is_enabled(config: Mapping[str, Any]) -> bool:

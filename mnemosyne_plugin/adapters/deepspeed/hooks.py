@@ -3,11 +3,12 @@
 ``forward``, ``backward`` and ``step`` stay calls of the user's loop. What a redo needs
 is kept for each micro-batch: the inputs of forward, the random state before it,
 and the gradients that arrived at its outputs. So a redo runs the module and its
-backward again, but nothing of the user's code.
+backward again, but nothing of the user's code. Where the job goes back (ZeRO), the last
+finished step is made again in the same way.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from mnemosyne_plugin.adapters.deepspeed.state import EngineState
+from mnemosyne_plugin.adapters.deepspeed.zero import ZeroState
 from mnemosyne_plugin.ccl.intercept import num_collectives
 from mnemosyne_plugin.errors import ConfigError, FatalError, StateMismatch
 from mnemosyne_plugin.recovery.commit import Outcome
@@ -36,7 +38,12 @@ _TARGETS = {
 
 def check_targets(engine: Any) -> None:
     """Raise ConfigError unless the engine has the methods that we hook."""
-    for name, want in _TARGETS.items():
+    check_methods(engine, _TARGETS)
+
+
+def check_methods(engine: Any, targets: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise ConfigError unless the engine has these methods with these parameters."""
+    for name, want in targets.items():
         method = getattr(type(engine), name, None)
         if method is None:
             raise ConfigError(
@@ -51,7 +58,7 @@ def check_targets(engine: Any) -> None:
             )
 
 
-class _Redo(BaseException):
+class Redo(BaseException):
     """Unwinds a doomed step; not an Exception, so that the engine lets it pass."""
 
 
@@ -63,6 +70,7 @@ class _MicroBatch:
     kwargs: dict[str, Any]
     versions: list[int]
     rng: RngState
+    micro_step: int
     num_outputs: int = 0
     gradients: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -80,16 +88,33 @@ class _MicroBatch:
         return keep
 
 
+@dataclass(slots=True)
+class _Step:
+    """What a redo needs of one step, whole or under way."""
+
+    number: int
+    rng: RngState
+    micro_batches: list[_MicroBatch] = field(default_factory=list)
+    rng_at_step: RngState | None = None
+    """The random state at ``engine.step()``; None while the step is under way."""
+    lr_kwargs: Any = None
+    is_foreign: bool = False
+    """The script itself has communicated in it."""
+
+
 class EngineHooks:
     """Wraps the methods of one engine instance."""
 
-    def __init__(self, engine: Any, state: EngineState, manager: Manager) -> None:
+    def __init__(
+        self, engine: Any, state: EngineState | ZeroState, manager: Manager
+    ) -> None:
         self._engine = engine
         self._state = state
         self._manager = manager
         self._num_collectives = -1
-        self._is_foreign = False
-        self._micro_batches: list[_MicroBatch] = []
+        self._gathers_in_forward = engine.zero_optimization_partition_weights()
+        self._steps: list[_Step] = []  # those that may have to be made again
+        self._is_in_step = False  # the last one is under way
         self._is_committed = False
 
     def install(self) -> None:
@@ -101,6 +126,8 @@ class EngineHooks:
         engine._take_model_step = self.take_model_step
         # Gradients and norms are reduced by then, and nothing is mutated yet.
         self._state.optimizer.register_step_pre_hook(self._commit)
+        if isinstance(self._state, ZeroState):
+            self._state.stage.before_gather(lambda: self._manager.phase("gather"))
         engine.backward = self._with_phase("backward", engine.backward)
         engine.allreduce_gradients = self._with_phase(
             "reduce",
@@ -112,69 +139,132 @@ class EngineHooks:
         """In place of engine.forward: begins the step, and notes what a redo needs."""
         if not (self._engine.training and torch.is_grad_enabled()):
             return self._forward(*args, **kwargs)
-        if not self._micro_batches:
-            self._manager.begin()
-            self._state.buffers.begin()
-            self._num_collectives = -1
-            self._is_foreign = False
+        if not self._is_in_step:
+            self._begin()
+        self._manager.collect()
         self._look_for_foreign_collectives()
-        self._manager.phase("forward")
-        micro_batch = _MicroBatch(args, kwargs, _versions(args, kwargs), capture_rng())
-        self._micro_batches.append(micro_batch)
-        output = self._forward(*args, **kwargs)
+        micro_batch = _MicroBatch(
+            args,
+            kwargs,
+            _versions(args, kwargs),
+            capture_rng(),
+            self._engine.micro_steps,
+        )
+        self._steps[-1].micro_batches.append(micro_batch)
+        while True:
+            self._manager.phase("forward")
+            try:
+                with self._doomed_steps_unwound():
+                    output = self._forward(*args, **kwargs)
+                if not (self._gathers_in_forward and self._manager.has_failed):
+                    break
+            except Redo:
+                pass
+            # What it has returned is made of parameters that never came.
+            self.catch_up()
+            restore_rng(micro_batch.rng)
         micro_batch.keep_gradients(output)
         self._num_collectives = num_collectives()
         return output
 
+    def _begin(self) -> None:
+        while self._manager.begin() is Outcome.REDO:
+            self.catch_up()
+        self._state.buffers.begin()
+        self._state.engine_scalars.note_begin(self._engine.micro_steps)
+        self._num_collectives = -1
+        self._steps.append(_Step(self._manager.version, capture_rng()))
+        self._is_in_step = True
+
     def _look_for_foreign_collectives(self) -> None:
         """Note whether the script has communicated since the engine last did."""
         if self._num_collectives not in (-1, num_collectives()):
-            self._is_foreign = True
+            self._steps[-1].is_foreign = True
 
     def take_model_step(self, lr_kwargs: Any = None) -> None:
         """In place of engine._take_model_step: commits, then lets the engine mutate."""
         self._look_for_foreign_collectives()
-        mark = self._state.mark()
-        while True:
-            self._is_committed = False
-            try:
-                self._take_model_step(lr_kwargs)
+        step = self._steps[-1]
+        step.rng_at_step, step.lr_kwargs = capture_rng(), lr_kwargs
+        try:
+            self._finish(step)
+        except Redo:
+            self.catch_up()
+        self._is_in_step = False
+
+    def _finish(self, step: _Step) -> None:
+        """Mutate, from reduced gradients; raises Redo with nothing left of it."""
+        scalars = self._state.engine_scalars
+        mark = scalars.mark()
+        self._is_committed = False
+        try:
+            with self._doomed_steps_unwound():
+                self._take_model_step(step.lr_kwargs)
                 if not self._is_committed:  # skipped, because a gradient overflowed
                     self._commit()
-                break
-            except _Redo:
-                self._state.undo(mark)
-                self._redo()
-        self._micro_batches.clear()
+            scalars.note_begin(self._engine.micro_steps + 1)
+            if self._manager.end() is Outcome.REDO:
+                raise Redo
+        except Redo:
+            scalars.undo(mark)
+            self._state.reset()
+            raise
         self._state.buffers.end()
-        self._manager.end()
+        horizon = self._manager.horizon
+        self._steps = [step for step in self._steps if step.number >= horizon]
 
     def _commit(self, *_: Any) -> None:
+        # ZeRO steps its torch optimizer once for each group of parameters.
+        if self._is_committed:
+            return
         if self._manager.commit() is Outcome.REDO:
-            raise _Redo
+            raise Redo
         self._is_committed = True
 
-    def _redo(self) -> None:
-        if self._is_foreign:
+    def catch_up(self) -> None:
+        """Repair the job, and make all steps again that it has gone back behind.
+
+        The step under way is made again as far as it had come.
+        """
+        rng, micro_steps = capture_rng(), self._engine.micro_steps
+        while True:
+            self._state.reset()
+            self._manager.recover()
+            try:
+                for step in list(self._steps):
+                    if step.number >= self._manager.version:
+                        self._make_again(step)
+                break
+            except Redo:
+                continue
+        self._engine.micro_steps = micro_steps
+        restore_rng(rng)
+
+    def _make_again(self, step: _Step) -> None:
+        if step.is_foreign:
             raise FatalError(
                 "a worker was lost in a step in which the script itself communicates "
                 "(between the engine's forward, backward and step): such a step cannot "
                 "be run again yet; restart from your last checkpoint"
             )
-        engine = self._engine
-        rng_at_step = capture_rng()
-        engine.zero_grad()
+        restore_rng(step.rng)
         self._state.rewind()
-        self._manager.mesh.absorb(True)
-        first_micro_step = engine.micro_steps - len(self._micro_batches) + 1
-        for number, micro_batch in enumerate(self._micro_batches):
-            engine.micro_steps = first_micro_step + number
-            self._run_again(micro_batch)
-        restore_rng(rng_at_step)
+        if self._manager.begin() is Outcome.REDO:
+            raise Redo
+        self._state.buffers.begin()
+        self._state.engine_scalars.note_begin(step.micro_batches[0].micro_step)
+        for micro_batch in step.micro_batches:
+            with self._doomed_steps_unwound():
+                self._run_again(micro_batch)
+        if step.rng_at_step is not None:
+            restore_rng(step.rng_at_step)
+            self._finish(step)
 
     def _run_again(self, micro_batch: _MicroBatch) -> None:
         engine = self._engine
         args, kwargs = micro_batch.args, micro_batch.kwargs
+        if not micro_batch.gradients:  # no backward has followed, at least not yet
+            return
         if _versions(args, kwargs) != micro_batch.versions:
             raise StateMismatch(
                 "the inputs of forward were changed in place after it, so the step "
@@ -182,7 +272,10 @@ class EngineHooks:
                 key="inputs",
             )
         restore_rng(micro_batch.rng)
+        engine.micro_steps = micro_batch.micro_step
         self._manager.phase("forward")
+        if engine.zero_optimization():
+            engine.optimizer.clear_backward_seen_flag()
         with _autocast(engine):
             outputs = _differentiable(engine.module(*args, **kwargs))
         self._manager.phase("backward")
@@ -196,6 +289,20 @@ class EngineHooks:
                 [micro_batch.gradients[place] for place in places],
             )
             engine._backward_epilogue()
+        self._manager.collect()
+
+    @contextmanager
+    def _doomed_steps_unwound(self) -> Iterator[None]:
+        """Turn an error into Redo where a failure may be what has caused it.
+
+        What a failed collective leaves is no data, and the engine may find that out.
+        """
+        try:
+            yield
+        except Exception:
+            if not self._manager.has_failed:
+                raise
+            raise Redo from None
 
     def _with_phase(
         self,
@@ -208,7 +315,16 @@ class EngineHooks:
                 self._manager.phase(phase)
             if phase == "backward":
                 self._look_for_foreign_collectives()
-            result = method(*args, **kwargs)
+            try:
+                result = method(*args, **kwargs)
+            except Exception:
+                is_noted = self._is_in_step and all(
+                    micro_batch.gradients
+                    for micro_batch in self._steps[-1].micro_batches
+                )
+                if phase != "backward" or not (self._manager.has_failed and is_noted):
+                    raise
+                result = args[0]  # the step is doomed, and will be made again
             self._num_collectives = num_collectives()
             return result
 

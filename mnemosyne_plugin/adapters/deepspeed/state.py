@@ -1,6 +1,6 @@
-"""The replicated state of a DeepSpeed engine with ZeRO stage 0, fp32 or bf16."""
+"""The state of a DeepSpeed engine with ZeRO stage 0, and what every engine counts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,21 +19,73 @@ from mnemosyne_plugin.state.torch_state import (
 )
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+# Where DeepSpeed's optimizers keep their fp32 copies of parameters.
+_MASTERS = (
+    "fp32_groups",
+    "fp32_groups_flat_partition",
+    "single_partition_of_fp32_groups",
+    "fp32_partitioned_groups_flat",
+)
 _SCALAR_TYPES = (bool, int, float, str, type(None))
 
 
+class EngineScalars:
+    """What an engine counts, scales and schedules, as it is between two steps."""
+
+    def __init__(self, engine: Any, owners: Mapping[str, Any]) -> None:
+        """owners: objects around the torch optimizer that count or scale, by name."""
+        self._engine = engine
+        self._owners = owners
+        self._next_micro_step: int | None = None
+
+    def note_begin(self, micro_step: int) -> None:
+        """Note the number of the first micro-step of the next step to be made."""
+        self._next_micro_step = micro_step
+
+    def at_begin(self) -> dict[str, Any]:
+        """Return all of it, as it is at the begin of the step. Picklable."""
+        scalars = self.mark()
+        if self._next_micro_step is not None:
+            scalars["counters"]["micro_steps"] = self._next_micro_step
+        scheduler = self._engine.lr_scheduler
+        scalars["scheduler"] = scheduler.state_dict() if scheduler is not None else None
+        return scalars
+
+    def load(self, scalars: Mapping[str, Any]) -> None:
+        """Take what ``at_begin`` returned."""
+        self.undo(scalars)
+        self._next_micro_step = scalars["counters"]["micro_steps"]
+        if self._engine.lr_scheduler is not None:
+            self._engine.lr_scheduler.load_state_dict(scalars["scheduler"])
+
+    def mark(self) -> dict[str, Any]:
+        """Return what a step changes before, or without, its mutation."""
+        return {
+            "counters": {name: getattr(self._engine, name) for name in _COUNTERS},
+            "owners": {name: _scalars_of(o) for name, o in self._owners.items()},
+        }
+
+    def undo(self, mark: Mapping[str, Any]) -> None:
+        """Go back to ``mark``."""
+        for name, value in mark["counters"].items():
+            setattr(self._engine, name, value)
+        for name, owner in self._owners.items():
+            vars(owner).update(mark["owners"][name])
+
+
 class EngineState:
-    """Implements TrainingState for an engine."""
+    """Implements TrainingState for an engine whose state is all replicated."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        # A bf16 engine wraps the torch optimizer, which then owns fp32 copies.
+        # A bf16 or fp16 engine wraps the torch optimizer, which owns fp32 copies.
         self._wrapper = engine.optimizer
         self.optimizer = torch_optimizer(engine)
         self.buffers = Buffers(engine.module)
         self.rewind = self.buffers.rewind
         self.local = self.buffers.local
         self.load_local = self.buffers.load_local
+        self.engine_scalars = EngineScalars(engine, self._owners())
 
     def tensors(self) -> Tensors:
         tensors = module_tensors(self._engine.module)
@@ -50,47 +102,59 @@ class EngineState:
         return {entry.key: tensors[entry.key] for entry in manifest}
 
     def scalars(self) -> dict[str, Any]:
-        scheduler = self._engine.lr_scheduler
         return {
-            "counters": self._counters_at_begin(),
+            "engine": self.engine_scalars.at_begin(),
             "optimizer": optimizer_scalars(self.optimizer),
-            "wrapper": self._wrapper_scalars(),
-            "scheduler": scheduler.state_dict() if scheduler is not None else None,
         }
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        self.undo(scalars)
+        self.buffers.end()  # they are tensors of the state, and in place by now
+        self.engine_scalars.load(scalars["engine"])
         load_optimizer_scalars(self.optimizer, scalars["optimizer"])
-        if self._engine.lr_scheduler is not None:
-            self._engine.lr_scheduler.load_state_dict(scalars["scheduler"])
 
-    def mark(self) -> dict[str, Any]:
-        """Return what a step changes before, or without, its mutation."""
-        counters = {name: getattr(self._engine, name) for name in _COUNTERS}
-        return {"counters": counters, "wrapper": self._wrapper_scalars()}
+    def replicated(self) -> "Frozen":
+        """As a Shard: all of the state is in it."""
+        return Frozen({}, self.rewind)
 
-    def undo(self, mark: Mapping[str, Any]) -> None:
-        """Go back to ``mark``."""
-        for name, value in mark["counters"].items():
-            setattr(self._engine, name, value)
-        for place, owner in self._owners().items():
-            vars(owner).update(mark["wrapper"][place])
+    def rebuild(self) -> None:
+        """As a Shard: nothing follows from the state of other ranks."""
+        self.reset()
 
-    def _counters_at_begin(self) -> dict[str, int]:
-        counters: dict[str, int] = self.mark()["counters"]
-        # A source is in the middle of the step that the newcomer begins.
-        per_step = self._engine.gradient_accumulation_steps()
-        counters["micro_steps"] -= counters["micro_steps"] % per_step
-        return counters
-
-    def _wrapper_scalars(self) -> dict[str, dict[str, Any]]:
-        return {place: _scalars_of(owner) for place, owner in self._owners().items()}
+    def reset(self) -> None:
+        """Drop the gradients of an unwound step."""
+        self._engine.zero_grad()
 
     def _owners(self) -> dict[str, Any]:
-        """Return the objects around the torch optimizer that count or scale."""
         if self._wrapper is self.optimizer:
             return {}
         return {"wrapper": self._wrapper, "scale": self._wrapper.loss_scale_config}
+
+
+class Frozen:
+    """Implements TrainingState for parameters that nothing changes."""
+
+    def __init__(self, tensors: Tensors, rewind: Callable[[], None]) -> None:
+        self._tensors = tensors
+        self.rewind = rewind
+
+    def tensors(self) -> Tensors:
+        return self._tensors
+
+    def allocate(self, manifest: Sequence[Entry]) -> Tensors:
+        check_manifest(self._tensors, manifest)
+        return {entry.key: self._tensors[entry.key] for entry in manifest}
+
+    def local(self) -> None:
+        return None
+
+    def load_local(self, local: Any) -> None:
+        pass
+
+    def scalars(self) -> dict[str, Any]:
+        return {}
+
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        pass
 
 
 def torch_optimizer(engine: Any) -> Any:
@@ -108,28 +172,28 @@ def _scalars_of(owner: Any) -> dict[str, Any]:
 
 def check_supported(engine: Any) -> None:
     """Raise ConfigError unless this kind of engine is protected by this version."""
+    is_pipeline = engine.pipeline_parallelism
     is_managed = engine.managed_gradient_accumulation()
     reasons = {
-        "ZeRO stage 1, 2 or 3": engine.zero_optimization_stage() > 0,
-        "a pipeline engine": bool(getattr(engine, "pipeline_parallelism", False)),
-        "fp16": engine.fp16_enabled(),
         "a loss scaler of torch.autocast": bool(engine.torch_autocast_z0_gradscaler),
         "mixture of experts": engine.has_moe_layers,
         "managed_gradient_accumulation=false": not is_managed,
-        "a model-parallel unit (mpu)": engine.mpu is not None,
+        "a model-parallel unit (mpu)": engine.mpu is not None and not is_pipeline,
         "no optimizer": engine.optimizer is None,
     }
     for reason, is_given in reasons.items():
         if is_given:
             raise ConfigError(
-                f"mnemosyne cannot protect {reason} yet; protected are ZeRO stage 0 in "
-                "fp32 and bf16. Set mnemosyne.enabled to false to run unprotected"
+                f"mnemosyne cannot protect {reason} yet; set mnemosyne.enabled to "
+                "false to run unprotected"
             )
     optimizer = torch_optimizer(engine)
-    is_bf16 = optimizer is not engine.optimizer
+    is_wrapped = optimizer is not engine.optimizer
     # torch marks the step functions that run its hooks; our vote is one of them.
     is_hooked = getattr(type(optimizer).step, "hooked", False)
-    is_known = hasattr(engine.optimizer, "fp32_groups") if is_bf16 else True
+    is_known = not is_wrapped or any(
+        hasattr(engine.optimizer, name) for name in _MASTERS
+    )
     if not (isinstance(optimizer, torch.optim.Optimizer) and is_hooked and is_known):
         raise ConfigError(
             f"mnemosyne cannot protect the optimizer {type(engine.optimizer).__name__} "
