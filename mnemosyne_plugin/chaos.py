@@ -3,6 +3,9 @@
 A spec is ``kill rank=2 step=12 phase=backward [delay_ms=5]``. Each fault fires once in
 a job: its mark is a file in the run directory, so a newcomer that redoes the step does
 not die of it again. Production code never imports this module.
+
+Most phases are entered where the runtime says so. ``mid-optimizer`` is found here: the
+worker dies when part of what the step mutates is written, and part of it is not.
 """
 
 import json
@@ -10,13 +13,19 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mnemosyne_plugin.errors import ConfigError
 from mnemosyne_plugin.events import EventLog
 
-PHASES = ("data", "forward", "backward", "reduce", "vote", "optimizer", "between")
+PHASES = (
+    *("data", "forward", "backward", "reduce", "vote"),
+    *("optimizer", "mid-optimizer", "gather", "between", "recovery"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +76,36 @@ class Injector:
     def __init__(self, faults: list[Fault], run_dir: str) -> None:
         self._faults = faults
         self._run_dir = Path(run_dir)
+        self._place = (-1, "", -1)
 
     def __call__(self, rank: int, phase: str, step: int) -> None:
+        self._place = (rank, phase, step)
         for number, fault in enumerate(self._faults):
-            if (fault.rank, fault.step, fault.phase) != (rank, step, phase):
+            if (fault.rank, fault.step) != (rank, step):
                 continue
-            try:
-                (self._run_dir / f"fault-{number}").touch(exist_ok=False)
-            except FileExistsError:
-                continue
-            if fault.delay_ms:
-                threading.Thread(target=self._kill, args=(fault,), daemon=True).start()
-            else:
-                self._kill(fault)
+            is_midway = (fault.phase, phase) == ("mid-optimizer", "optimizer")
+            if fault.phase == phase:
+                self._fire(number, fault)
+            elif is_midway and not self._mark(number).exists():
+                _on_half_a_mutation(partial(self._fire_midway, number, fault))
+
+    def _fire_midway(self, number: int, fault: Fault) -> None:
+        # The step may have been skipped; a later one is not what was asked for.
+        if self._place == (fault.rank, "optimizer", fault.step):
+            self._fire(number, fault)
+
+    def _fire(self, number: int, fault: Fault) -> None:
+        try:
+            self._mark(number).touch(exist_ok=False)
+        except FileExistsError:
+            return
+        if fault.delay_ms:
+            threading.Thread(target=self._kill, args=(fault,), daemon=True).start()
+        else:
+            self._kill(fault)
+
+    def _mark(self, number: int) -> Path:
+        return self._run_dir / f"fault-{number}"
 
     def _kill(self, fault: Fault) -> None:
         # The delay is the fault that was asked for, not a wait for something.
@@ -87,6 +113,35 @@ class Injector:
         events = EventLog(str(self._run_dir), f"chaos-{os.getpid()}")
         events.emit("fault", rank=fault.rank, step=fault.step, phase=fault.phase)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _on_half_a_mutation(call: Callable[[], None]) -> None:
+    """Call when an optimizer has written some of what this step mutates.
+
+    Sharded optimizers make one ``step`` per parameter group: behind the first of them.
+    Others write one parameter after the other: in front of the second. torch's Adam
+    family ends the work on each parameter with an addcdiv.
+    """
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    num_written = 0
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal num_written
+            if func is torch.ops.aten.addcdiv_.default:
+                if num_written == 1:
+                    call()
+                num_written += 1
+            return func(*args, **(kwargs or {}))
+
+    register_optimizer_step_post_hook(lambda *_: call())
+    watch: Any = Watch
+    watch().__enter__()  # for good: this process is about to die
 
 
 def from_environment() -> Injector:
