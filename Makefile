@@ -14,7 +14,7 @@ NATIVE    := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 # Several processes per core already: more threads only make them slower.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test build lint format types sanitize bench clean
+.PHONY: demo test build lint format types sanitize bench matrix clean
 
 demo: $(BUILT)
 	$(BIN)/python examples/deepspeed_gpt/demo.py
@@ -57,6 +57,10 @@ bench: $(BUILT)
 	$(BIN)/python benchmarks/collectives.py --plot build/collectives.png
 	$(BIN)/python benchmarks/single_copy.py
 	$(BIN)/python benchmarks/reconfigure.py
+
+# Who dies where, in which way of training: under an hour, see build/matrix.txt after.
+matrix: $(BUILT)
+	$(BIN)/python -m tests.matrix deepspeed --output build/matrix.txt
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info mnemosyne_plugin/ccl/_C*.so

@@ -1,0 +1,113 @@
+"""A model and data of a few thousand numbers, with all that makes recovery hard.
+
+Dropout, a buffer that forward mutates, frozen and tied parameters, two parameter
+groups, and data that is shuffled and disturbed at random.
+"""
+
+import random
+from typing import Any
+
+import numpy
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from torch import nn
+from torch.nn.functional import cross_entropy, linear
+
+WORDS, WIDTH, LENGTH = 24, 16, 6
+
+
+class Embedding(nn.Module):
+    """Words and places; the places are frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WORDS, WIDTH) * 0.3)
+        places = torch.randn(LENGTH, WIDTH) * 0.1
+        self.places = nn.Parameter(places, requires_grad=False)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        return self.weight[words] + self.places
+
+
+class Block(nn.Module):
+    """A residual block that subtracts a running mean, which each forward moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+        self.drop = nn.Dropout(0.2)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("num_calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = self.mean.to(x.dtype, copy=True)
+        with torch.no_grad():
+            self.mean.lerp_(x.mean((0, 1)).to(self.mean.dtype), 0.1)
+            self.num_calls.add_(1)
+        hidden = self.up(self.norm(x - mean))
+        return x + self.down(self.drop(nn.functional.gelu(hidden)))
+
+
+def logits(embedding: Embedding, x: torch.Tensor) -> torch.Tensor:
+    """Return the scores of all words; the weight is that of the embedding."""
+    return linear(x, embedding.weight)
+
+
+def loss_of(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(scores.float().flatten(0, 1), target.flatten())
+
+
+class Net(nn.Module):
+    """The model in one piece; forward returns the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = Embedding()
+        self.blocks = nn.Sequential(Block(), Block())
+
+    def forward(self, words: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(self.embedding(words))
+        return loss_of(logits(self.embedding, x), target)
+
+
+def pipeline(num_stages: int) -> PipelineModule:
+    """Return the same model in stages; its first and last layer share a weight."""
+    tied: dict[str, Any] = {"typename": Embedding, "tied_weight_attr": "weight"}
+    layers = [
+        TiedLayerSpec("embedding", **tied),
+        LayerSpec(Block),
+        LayerSpec(Block),
+        TiedLayerSpec("embedding", forward_fn=logits, **tied),
+    ]
+    return PipelineModule(
+        layers,
+        num_stages=num_stages,
+        loss_fn=loss_of,
+        partition_method="uniform",
+        activation_checkpoint_interval=1,
+        checkpointable_layers=["Block"],
+    )
+
+
+class Sentences(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Random words; each reading draws from Python's and numpy's random state."""
+
+    def __len__(self) -> int:
+        return 150  # no multiple of a step's batch: passes end within a step
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        words = torch.randint(WORDS, (LENGTH + 1,), generator=generator)
+        words[random.randrange(LENGTH)] = int(numpy.random.randint(WORDS))
+        return words[:-1], words[1:]
+
+
+def groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Return two parameter groups: weights decay, the rest does not."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,193 @@
+"""Train the matrix's model: a plain DeepSpeed script that knows nothing of us.
+
+It logs each step's loss together with short digests of all that a step changes, so
+that a difference is found in the step that made it, and is named.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402
+import numpy  # noqa: E402
+import torch  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.runtime.dataloader import RepeatingLoader  # noqa: E402
+from deepspeed.utils import logger  # noqa: E402
+from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
+
+from model import Net, Sentences, groups, pipeline  # noqa: E402
+
+logger.setLevel(logging.ERROR)
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+_SCALARS = (bool, int, float, str, type(None))
+
+
+def main() -> None:
+    args = parse_args()
+    if args.claim_fp16:
+        # Without it DeepSpeed refuses fp16 on a CPU that has no instructions for it,
+        # though torch can compute it.
+        get_accelerator().is_fp16_supported = lambda: True
+    deepspeed.init_distributed()
+    rank = torch.distributed.get_rank()
+    seed_all(1)
+    model = pipeline(args.stages) if args.stages else Net()
+    seed_all(2 + rank)
+    train = train_in_stages if args.stages else train_in_one_piece
+    engine, steps = train(args, model)
+    for step, (loss, inputs) in zip(
+        range(engine.global_steps, args.steps), steps, strict=False
+    ):
+        parts = {name: digest(part)[:8] for name, part in state(engine).items()}
+        facts = {"loss": loss.hex(), "inputs": digest(inputs)[:8], **parts}
+        line = ",".join(f"{name}:{value}" for name, value in facts.items())
+        append(args.loss_log, f"{step} {rank} {line}")
+    append(args.final_state, f"{rank} {digest(state(engine))}")
+
+
+def train_in_one_piece(
+    args: argparse.Namespace, model: Any
+) -> tuple[Any, Iterator[tuple[float, Any]]]:
+    """Return the engine, and its steps: the loss and inputs of each."""
+    engine, _, loader, _ = deepspeed.initialize(
+        model=model,
+        model_parameters=groups(model),
+        training_data=Sentences(),
+        config=str(args.deepspeed_config),
+    )
+    loader.num_local_io_workers, loader.pin_memory = 0, False
+
+    def steps() -> Iterator[tuple[float, Any]]:
+        batches = RepeatingLoader(loader)
+        while True:
+            losses, inputs = [], []
+            for _ in range(engine.gradient_accumulation_steps()):
+                words, target = next(batches)
+                loss = engine(words, target)
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.item())
+                inputs.append(words)
+            yield sum(losses) / len(losses), inputs
+
+    return engine, steps()
+
+
+def train_in_stages(
+    args: argparse.Namespace, model: Any
+) -> tuple[Any, Iterator[tuple[float, Any]]]:
+    """The same for a PipelineModule; its first step is found as after a resume."""
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        model_parameters=groups(model),
+        config=str(args.deepspeed_config),
+    )
+    data = Sentences()
+    sampler = DistributedSampler(
+        data,
+        num_replicas=engine.grid.get_data_parallel_world_size(),
+        rank=engine.grid.get_data_parallel_rank(),
+    )
+    micro_batch = engine.train_micro_batch_size_per_gpu()
+    loader = DataLoader(data, micro_batch, sampler=sampler, drop_last=True)
+    batches = RepeatingLoader(loader)
+    for _ in range(engine.global_steps * engine.gradient_accumulation_steps()):
+        next(batches)
+
+    def steps() -> Iterator[tuple[float, Any]]:
+        while True:
+            yield engine.train_batch(batches).item(), ()
+
+    return engine, steps()
+
+
+def state(engine: Any) -> dict[str, Any]:
+    """Return all that a step changes on this rank, by name; its own shards of it."""
+    wrapper = engine.optimizer
+    optimizer = getattr(wrapper, "optimizer", wrapper)
+    # ZeRO 3 empties the groups of the torch optimizer between its steps.
+    masters = getattr(wrapper, "fp32_partitioned_groups_flat", None) or [
+        parameter for group in optimizer.param_groups for parameter in group["params"]
+    ]
+    scalers = [
+        getattr(wrapper, name, None) for name in ("loss_scaler", "loss_scale_config")
+    ]
+    return {
+        # Of ZeRO 3, a parameter's own shard.
+        "params": [getattr(p, "ds_tensor", p) for p in engine.module.parameters()],
+        "buffers": list(engine.module.buffers()),
+        "masters": masters,
+        "moments": [sorted(optimizer.state[p].items()) for p in masters],
+        "lr": [group["lr"] for group in optimizer.param_groups],
+        "scaler": [scalars_of(scaler) for scaler in scalers if scaler is not None],
+        "scheduler": sorted(scalars_of(engine.lr_scheduler)),
+        "counters": [getattr(engine, name) for name in _COUNTERS],
+        "rng": torch.get_rng_state(),
+        "numpy": [numpy.random.get_state()[1].tolist(), numpy.random.get_state()[2]],
+        "python": random.getstate(),
+    }
+
+
+def scalars_of(owner: Any) -> list[tuple[str, Any]]:
+    values = sorted(vars(owner).items())
+    return [(name, value) for name, value in values if isinstance(value, _SCALARS)]
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of nested values and the bits of the tensors in them."""
+    sha = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if torch.is_tensor(value):
+            flat = value.detach().contiguous().flatten()
+            sha.update(f"{value.dtype} {tuple(value.shape)} ".encode())
+            sha.update(flat.view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            add(sorted(value.items()))
+        elif isinstance(value, list | tuple):
+            sha.update(f"[{len(value)}".encode())
+            for item in value:
+                add(item)
+        else:
+            sha.update(f"{value!r};".encode())
+
+    add(value)
+    return sha.hexdigest()
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    numpy.random.seed(seed)
+    random.seed(seed)
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line to a file that all ranks share; one write is one whole line."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, f"{line}\n".encode())
+    finally:
+        os.close(file)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--stages", type=int, default=0, help="0: no pipeline")
+    parser.add_argument("--claim-fp16", action="store_true", help="fp16 on any CPU")
+    parser.add_argument("--loss-log", type=Path, required=True)
+    parser.add_argument("--final-state", type=Path, required=True)
+    parser.add_argument("--deepspeed_config", type=Path, required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
