@@ -1,8 +1,8 @@
 """The ``torch.backends`` entry point: ``import torch`` calls ``autoload`` by itself.
 
-It only sets a hook that runs right after one of DeepSpeed's engines was imported. All the rest
-is imported when it is needed: a process that never uses us pays less than a millisecond
-(wrapt's post-import hooks would do, but importing wrapt alone takes longer than that).
+It only sets a hook that runs right after DeepSpeed's engines were imported. All the
+rest is imported when it is needed: a process that never uses us pays less than a
+millisecond (wrapt's post-import hooks would do, but importing wrapt takes longer).
 """
 
 import importlib.util

@@ -7,7 +7,6 @@ it as an exception. What a redo needs are the micro-batches that it has loaded.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import Any
 
 from mnemosyne_plugin.adapters.deepspeed.hooks import Redo, check_methods
@@ -196,7 +195,7 @@ class PipelineHooks:
             raise Redo from None
 
     def _with_phase(
-        self, phase: str | None, method: FunctionType
+        self, phase: str | None, method: Callable[..., Any]
     ) -> Callable[..., Any]:
         if phase is None:
             return method
