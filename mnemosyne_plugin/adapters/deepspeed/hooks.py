@@ -195,18 +195,19 @@ class EngineHooks:
     def _finish(self, step: _Step) -> None:
         """Mutate, from reduced gradients; raises Redo with nothing left of it."""
         scalars = self._state.engine_scalars
-        mark = scalars.mark()
+        scalars.mark()
         self._is_committed = False
         try:
             with self._doomed_steps_unwound():
                 self._take_model_step(step.lr_kwargs)
                 if not self._is_committed:  # skipped, because a gradient overflowed
                     self._commit()
+            scalars.unmark()
             scalars.note_begin(self._engine.micro_steps + 1)
             if self._manager.end() is Outcome.REDO:
                 raise Redo
         except Redo:
-            scalars.undo(mark)
+            scalars.undo()
             self._state.reset()
             raise
         self._state.buffers.end()

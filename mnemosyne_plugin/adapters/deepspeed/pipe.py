@@ -144,18 +144,19 @@ class PipelineHooks:
         self._state.buffers.begin()
         scalars = self._state.engine_scalars
         scalars.note_begin(self._engine.micro_steps)
-        mark = scalars.mark()
+        scalars.mark()
         self._current, self._num_replayed, self._is_committed = step, 0, False
         try:
             with self._doomed_steps_unwound():
                 loss = self._train_batch()
                 if not self._is_committed:  # skipped, because a gradient overflowed
                     self._commit()
+            scalars.unmark()
             scalars.note_begin(self._engine.micro_steps)
             if self._manager.end() is Outcome.REDO:
                 raise Redo
         except Redo:
-            scalars.undo(mark)
+            scalars.undo()
             self._reset()
             raise
         finally:

@@ -37,6 +37,7 @@ class EngineScalars:
         self._engine = engine
         self._owners = owners
         self._next_micro_step: int | None = None
+        self._marked: dict[str, Any] | None = None
 
     def note_begin(self, micro_step: int) -> None:
         """Note the number of the first micro-step of the next step to be made."""
@@ -44,33 +45,51 @@ class EngineScalars:
 
     def at_begin(self) -> dict[str, Any]:
         """Return all of it, as it is at the begin of the step. Picklable."""
-        scalars = self.mark()
+        # A loss scaler counts in front of the mutation.
+        values = self._marked or self._values()
+        counters = dict(values["counters"])
         if self._next_micro_step is not None:
-            scalars["counters"]["micro_steps"] = self._next_micro_step
+            counters["micro_steps"] = self._next_micro_step
         scheduler = self._engine.lr_scheduler
-        scalars["scheduler"] = scheduler.state_dict() if scheduler is not None else None
-        return scalars
+        return {
+            "counters": counters,
+            "owners": values["owners"],
+            "scheduler": scheduler.state_dict() if scheduler is not None else None,
+        }
 
     def load(self, scalars: Mapping[str, Any]) -> None:
         """Take what ``at_begin`` returned."""
-        self.undo(scalars)
+        self._marked = None
+        self._set(scalars)
         self._next_micro_step = scalars["counters"]["micro_steps"]
         if self._engine.lr_scheduler is not None:
             self._engine.lr_scheduler.load_state_dict(scalars["scheduler"])
 
-    def mark(self) -> dict[str, Any]:
-        """Return what a step changes before, or without, its mutation."""
+    def mark(self) -> None:
+        """Note what a step changes before, or without, its mutation."""
+        self._marked = self._values()
+
+    def unmark(self) -> None:
+        """The mutation is done."""
+        self._marked = None
+
+    def undo(self) -> None:
+        """Go back to the mark, if there is one."""
+        if self._marked is not None:
+            self._set(self._marked)
+        self._marked = None
+
+    def _values(self) -> dict[str, Any]:
         return {
             "counters": {name: getattr(self._engine, name) for name in _COUNTERS},
             "owners": {name: _scalars_of(o) for name, o in self._owners.items()},
         }
 
-    def undo(self, mark: Mapping[str, Any]) -> None:
-        """Go back to ``mark``."""
-        for name, value in mark["counters"].items():
+    def _set(self, values: Mapping[str, Any]) -> None:
+        for name, value in values["counters"].items():
             setattr(self._engine, name, value)
         for name, owner in self._owners.items():
-            vars(owner).update(mark["owners"][name])
+            vars(owner).update(values["owners"][name])
 
 
 class EngineState:
