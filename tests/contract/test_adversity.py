@@ -43,20 +43,6 @@ SUM = 10.0
 PROMPT_S = 5.0
 
 
-@pytest.fixture(scope="module", params=["auto", "tcp"])
-def shared(request: pytest.FixtureRequest) -> Iterator[World]:
-    with World(SIZE, request.param) as world:
-        yield world
-
-
-@pytest.fixture
-def world(shared: World) -> World:
-    """All ranks alive and linked to each other; the same processes for most tests."""
-    shared.heal()
-    shared.run(connect)
-    return shared
-
-
 @pytest.mark.parametrize("victims", [(0, 1), (1, 3), (2, 3)])
 def test_two_who_die_at_once_are_replaced_together(
     world: World, victims: tuple[int, int]

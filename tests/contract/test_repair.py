@@ -1,6 +1,7 @@
 """What a mesh does when workers die, hang, disagree, or come anew."""
 
 import os
+import select
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from adversity import all_reduce, connect, counters, identity
 from world import Worker, World
 
 from mnemosyne_plugin.errors import (
@@ -22,41 +24,10 @@ SIZE = 4
 PROMPT_S = 5.0
 
 
-@pytest.fixture(scope="module", params=["auto", "tcp"])
-def shared(request: pytest.FixtureRequest) -> Iterator[World]:
-    with World(SIZE, request.param) as world:
-        yield world
-
-
-@pytest.fixture
-def world(shared: World) -> World:
-    """All ranks alive and linked to each other; the same processes for most tests."""
-    shared.heal()
-    shared.run(connect)
-    return shared
-
-
 @pytest.fixture(params=["auto", "tcp"])
 def fresh_world(request: pytest.FixtureRequest) -> Iterator[World]:
     with World(SIZE, request.param) as world:
         yield world
-
-
-def all_reduce(worker: Worker, numel: int = 10) -> float:
-    tensor = torch.full((numel,), float(worker.rank + 1))
-    worker.group().allreduce([tensor]).wait()
-    assert bool((tensor == tensor[0]).all())
-    return float(tensor[0])
-
-
-def connect(worker: Worker) -> None:
-    """Open a link to every other rank: who has none to a worker misses its death."""
-    ones = torch.ones(SIZE)
-    worker.group().alltoall_base(torch.empty(SIZE), ones, [], []).wait()
-
-
-def identity(worker: Worker) -> tuple[int, int]:
-    return os.getpid(), id(worker.group())
 
 
 def failing(worker: Worker, numel: int) -> tuple[str, int, int, bool]:
@@ -69,18 +40,8 @@ def failing(worker: Worker, numel: int) -> tuple[str, int, int, bool]:
         error = caught
     latched = worker.mesh.failure()
     assert type(latched) is type(error) and latched.rank == error.rank
-    readable = bool(select_readable(worker.mesh.failure_fd))
+    readable = bool(select.select([worker.mesh.failure_fd], [], [], 0)[0])
     return type(error).__name__, error.rank, error.epoch, readable
-
-
-def select_readable(fd: int) -> list[int]:
-    import select
-
-    return select.select([fd], [], [], 0)[0]
-
-
-def counters(worker: Worker) -> dict[str, int]:
-    return worker.mesh.counters()
 
 
 @pytest.mark.parametrize("numel", [10, 1_000_000])
