@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from mnemosyne_plugin.ccl import Mesh, register
 WAYS = ("mnemosyne", "torch.distributed", "ProcessGroupGloo")
 TIMEOUT = timedelta(seconds=300)
 # A handshake makes a link; the mesh counts the bytes of frames only.
-HANDSHAKE_BYTES = 72 + 72 + 32 + 1
+HANDSHAKE_BYTES = 88 + 80 + 32 + 1
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "replaceable"])
@@ -190,19 +189,12 @@ class Ranks:
     def __enter__(self) -> "Ranks":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
             process.join(10)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.kill()  # nothing, if it has ended
 
     def replace(self, rank: int) -> Repair:
         """Kill a rank; when its successor is ready, let all have their groups again."""

@@ -72,6 +72,22 @@ std::string randomName() {
   return "mnemosyne-" + hex(bytes.data(), bytes.size());
 }
 
+// Why a dial has failed.
+std::string reasonOf(const Handshake* handshake, const std::string& error) {
+  if (!error.empty()) return "no connection to it can be made: " + error;
+  const auto state = handshake ? handshake->state() : Handshake::State::kBusy;
+  if (state == Handshake::State::kUnreachable)
+    return "nobody listens at its address";
+  if (state != Handshake::State::kNotAMember)
+    return "it does not complete the handshake";
+  const Standing& theirs = handshake->peerStanding();
+  const Standing& ours = handshake->ownStanding();
+  if (theirs.epoch == ours.epoch && theirs.members != ours.members)
+    return "for it epoch " + std::to_string(ours.epoch) +
+           " has other members, and this worker is none";
+  return "it does not take this worker for a member, or is leaving";
+}
+
 }  // namespace
 
 std::string Address::toString() const {
@@ -110,9 +126,12 @@ Connector::Connector(EventLoop& loop, Host& host, uint64_t worker_id,
 void Connector::acceptAll(int listener, bool is_shm) {
   while (Fd socket = acceptOne(listener)) {
     answers_.push_back(Handshake::answer(
-        self_, std::move(socket), is_shm, [this] { return host_.epoch(); },
-        [this](uint64_t worker_id, int64_t epoch) {
-          return host_.admits(worker_id, epoch);
+        self_, std::move(socket), is_shm, [this] { return host_.standing(); },
+        [this](const Hello& hello) {
+          const bool has_lost_link =
+              hello.former_link != 0 &&
+              hello.former_link == lastLinkTo(hello.worker_id);
+          return host_.admits(hello.worker_id, hello.at.epoch, has_lost_link);
         },
         Deadline::in(kAnswerTime)));
     Handshake* handshake = answers_.back().get();
@@ -155,6 +174,16 @@ void Connector::cancelAll() {
   dials_.clear();
 }
 
+void Connector::forget(uint64_t worker_id) {
+  cancel(worker_id);
+  link_ids_.erase(worker_id);
+}
+
+uint64_t Connector::lastLinkTo(uint64_t worker_id) const {
+  const auto it = link_ids_.find(worker_id);
+  return it == link_ids_.end() ? 0 : it->second;
+}
+
 void Connector::attempt(uint64_t worker_id, Dial* dial) {
   const bool is_shm = !dial->without_shm && !address_.unix_name.empty() &&
                       !dial->address.unix_name.empty() &&
@@ -170,7 +199,8 @@ void Connector::attempt(uint64_t worker_id, Dial* dial) {
   if (socket) {
     dial->error.clear();
     dial->handshake = Handshake::dial(self_, std::move(socket), is_shm,
-                                      worker_id, host_.epoch(), dial->deadline);
+                                      worker_id, host_.standing(),
+                                      lastLinkTo(worker_id), dial->deadline);
     loop_.watch(dial->handshake->fd(), dial->handshake.get());
     dial->retry_at = Deadline::never();
     return;
@@ -209,6 +239,7 @@ void Connector::settleAnswers() {
       // The peer may be dialled by us too, and lose: it has accepted our
       // verdict.
       cancel(handshake.peerId());
+      link_ids_[handshake.peerId()] = handshake.linkId();
       host_.onLinked(handshake, handshake.takeLink());
     } else if (state == Handshake::State::kRefused ||
                state == Handshake::State::kNotAMember ||
@@ -229,6 +260,7 @@ void Connector::settleDials() {
     if (state == Handshake::State::kLinked) {
       auto handshake = std::move(dial.handshake);
       it = dials_.erase(it);
+      link_ids_[worker_id] = handshake->linkId();
       host_.onLinked(*handshake, handshake->takeLink());
       bury(std::move(handshake));
       continue;
@@ -240,13 +272,7 @@ void Connector::settleDials() {
         (dial.attempts >= kMaxAttempts &&
          (state == Handshake::State::kClosed || dial.retry_at.expired()));
     if (is_final) {
-      const std::string why =
-          !dial.error.empty() ? "no connection to it can be made: " + dial.error
-          : state == Handshake::State::kUnreachable
-              ? "nobody listens at its address"
-          : state == Handshake::State::kNotAMember
-              ? "it does not take this worker for a member, or is leaving"
-              : "it does not complete the handshake";
+      const std::string why = reasonOf(dial.handshake.get(), dial.error);
       bury(std::move(dial.handshake));
       it = dials_.erase(it);
       host_.onDialFailed(worker_id, why);

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <unordered_map>
 
 #include "ccl/event_loop.h"
 #include "ccl/handshake.h"
@@ -31,9 +32,11 @@ class Connector {
   class Host {
    public:
     virtual ~Host() = default;
-    virtual int64_t epoch() const = 0;
-    // Whether a link that this worker dialled may be made.
-    virtual Verdict admits(uint64_t worker_id, int64_t its_epoch) = 0;
+    virtual Standing standing() const = 0;
+    // Whether a link that this worker dialled may be made. `has_lost_link`: its
+    // end of the link that we have is dead.
+    virtual Verdict admits(uint64_t worker_id, int64_t its_epoch,
+                           bool has_lost_link) = 0;
     virtual void onLinked(const Handshake& handshake,
                           std::unique_ptr<Link> link) = 0;
     virtual void onDialFailed(uint64_t worker_id, const std::string& why) = 0;
@@ -54,6 +57,8 @@ class Connector {
   }
   void cancel(uint64_t worker_id);
   void cancelAll();
+  // The worker will not come back.
+  void forget(uint64_t worker_id);
 
   // Called after each round of events, and when nextDeadline() is reached.
   void settle();
@@ -91,6 +96,7 @@ class Connector {
   void bury(std::unique_ptr<Handshake> handshake);
   void settleDials();
   void settleAnswers();
+  uint64_t lastLinkTo(uint64_t worker_id) const;
 
   EventLoop& loop_;
   Host& host_;
@@ -100,6 +106,8 @@ class Connector {
   std::unique_ptr<Listener> unix_;
   std::map<uint64_t, Dial> dials_;
   std::list<std::unique_ptr<Handshake>> answers_;  // oldest first
+  // The id of the newest link to each worker, whether it lives or not.
+  std::unordered_map<uint64_t, uint64_t> link_ids_;
   // When to accept again what could not be accepted for want of descriptors:
   // who waits in the queue already makes no new event.
   Deadline accept_at_ = Deadline::never();

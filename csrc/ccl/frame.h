@@ -11,10 +11,17 @@ enum class FrameType : uint8_t {
   kRequest,   // "I have this message for you", no payload
   kGrant,     // "send it, its buffer is ready", no payload
   kCredit,    // gives `total` bytes of the eager window back
-  kMarker,    // everything after this is of `epoch`
+  kMarker,    // everything after this is of `epoch`; `total`: Standing::members
   kReject,    // "your message does not fit mine"
   kFarewell,  // the sender closes in good order
   kClose,     // the sender's part in a group is over; `total` is a Closing
+};
+
+// Where a worker is: its epoch, and a digest of the members that the epoch has
+// for it. They must be the same for all.
+struct Standing {
+  int64_t epoch = -1;
+  uint64_t members = 0;
 };
 
 // The group, operation and place within it that a message belongs to. No key is

@@ -3,6 +3,7 @@
 #include <sys/epoll.h>
 #include <sys/random.h>
 
+#include <cstddef>
 #include <cstring>
 #include <system_error>
 #include <vector>
@@ -13,7 +14,6 @@ namespace mnemosyne::ccl {
 namespace {
 
 constexpr std::array<char, 8> kMagic = {'m', 'n', 'e', 'm', 'l', 'i', 'n', 'k'};
-constexpr uint32_t kVersion = 1;
 
 void fillRandom(std::array<std::byte, 32>* nonce) {
   // Never short: below 256 bytes the call is atomic (getrandom(2)).
@@ -25,11 +25,11 @@ void fillRandom(std::array<std::byte, 32>* nonce) {
 
 Digest mac(const std::string& secret, char role, const Hello& hello,
            const Challenge& challenge) {
-  std::vector<std::byte> text(1 + sizeof(Hello) + 40);
+  constexpr size_t kCovered = offsetof(Challenge, mac);
+  std::vector<std::byte> text(1 + sizeof(Hello) + kCovered);
   text[0] = static_cast<std::byte>(role);
   std::memcpy(&text[1], &hello, sizeof(Hello));
-  std::memcpy(&text[1 + sizeof(Hello)], &challenge.epoch, 8);
-  std::memcpy(&text[1 + sizeof(Hello) + 8], challenge.nonce.data(), 32);
+  std::memcpy(&text[1 + sizeof(Hello)], &challenge, kCovered);
   return hmacSha256(std::as_bytes(std::span(secret)), text);
 }
 
@@ -55,33 +55,42 @@ Handshake::Handshake(const Self& self, Fd socket, bool is_shm, bool has_dialled,
 
 std::unique_ptr<Handshake> Handshake::dial(const Self& self, Fd socket,
                                            bool is_shm, uint64_t target,
-                                           int64_t epoch, Deadline deadline) {
+                                           const Standing& own,
+                                           uint64_t former_link,
+                                           Deadline deadline) {
   std::unique_ptr<Handshake> it(
       new Handshake(self, std::move(socket), is_shm, true, deadline));
   it->peer_id_ = target;
-  it->hello_ = {kMagic, kVersion, is_shm, self.worker_id, target, epoch, {}};
+  it->hello_ = {kMagic, kHandshakeVersion, is_shm, self.worker_id, target,
+                own,    former_link,       {}};
   fillRandom(&it->hello_.nonce);
   return it;
 }
 
 std::unique_ptr<Handshake> Handshake::answer(const Self& self, Fd socket,
                                              bool is_shm,
-                                             std::function<int64_t()> epoch,
+                                             std::function<Standing()> own,
                                              Admit admit, Deadline deadline) {
   std::unique_ptr<Handshake> it(
       new Handshake(self, std::move(socket), is_shm, false, deadline));
-  it->epoch_ = std::move(epoch);
+  it->own_ = std::move(own);
   it->admit_ = std::move(admit);
   it->step_ = Step::kHello;
   return it;
 }
 
-int64_t Handshake::peerEpoch() const {
-  return has_dialled_ ? challenge_.epoch : hello_.epoch;
+const Standing& Handshake::peerStanding() const {
+  return has_dialled_ ? challenge_.at : hello_.at;
 }
 
-int64_t Handshake::ownEpoch() const {
-  return has_dialled_ ? hello_.epoch : challenge_.epoch;
+const Standing& Handshake::ownStanding() const {
+  return has_dialled_ ? hello_.at : challenge_.at;
+}
+
+uint64_t Handshake::linkId() const {
+  uint64_t id;
+  std::memcpy(&id, proof_.data(), sizeof(id));
+  return id;
 }
 
 std::unique_ptr<Link> Handshake::takeLink() {
@@ -162,7 +171,7 @@ void Handshake::onConnected() {
 }
 
 void Handshake::onHello() {
-  if (hello_.magic != kMagic || hello_.version != kVersion ||
+  if (hello_.magic != kMagic || hello_.version != kHandshakeVersion ||
       hello_.is_shm != static_cast<uint32_t>(is_shm_) ||
       hello_.target_id != self_.worker_id ||
       hello_.worker_id == self_.worker_id) {
@@ -170,7 +179,7 @@ void Handshake::onHello() {
     return;
   }
   peer_id_ = hello_.worker_id;
-  challenge_.epoch = epoch_();
+  challenge_.at = own_();
   fillRandom(&challenge_.nonce);
   challenge_.mac = challengeMac(self_.secret, hello_, challenge_);
   if (transmit(&challenge_, sizeof(challenge_))) step_ = Step::kProof;
@@ -206,7 +215,7 @@ void Handshake::onProof() {
     }
     memory_.emplace(std::move(*memory));
   }
-  verdict_ = admit_(peer_id_, hello_.epoch);
+  verdict_ = admit_(hello_);
   if (transmit(&verdict_, sizeof(verdict_))) onVerdict();
 }
 

@@ -1,8 +1,8 @@
 // How two workers prove to each other that they belong to the same job.
 //
 //   dialler                          listener
-//      | hello: who, to whom, epoch, nonce ->|
-//      |<- challenge: epoch, nonce, HMAC     |   knows the secret
+//      | hello: who, to whom, where, nonce ->|   and which link it had before
+//      |<- challenge: where, nonce, HMAC     |   knows the secret
 //      | proof: HMAC [, shared memory]     ->|   knows the secret
 //      |<- verdict                           |   or: "our own dial stands",
 //                                                or: "you are not a member"
@@ -21,6 +21,7 @@
 #include <string_view>
 
 #include "ccl/event_loop.h"
+#include "ccl/frame.h"
 #include "ccl/transport.h"
 #include "common/deadline.h"
 #include "common/sha256.h"
@@ -28,23 +29,28 @@
 
 namespace mnemosyne::ccl {
 
+constexpr uint32_t kHandshakeVersion = 2;
+
 struct Hello {
   std::array<char, 8> magic;
   uint32_t version;
   uint32_t is_shm;
   uint64_t worker_id;
   uint64_t target_id;
-  int64_t epoch;
+  Standing at;
+  // The id of the last link between the two that the dialler knows of, which is
+  // dead at its end; 0 if there was none.
+  uint64_t former_link;
   std::array<std::byte, 32> nonce;
 };
-static_assert(sizeof(Hello) == 72);
+static_assert(sizeof(Hello) == 88);
 
 struct Challenge {
-  int64_t epoch;
+  Standing at;
   std::array<std::byte, 32> nonce;
   Digest mac;
 };
-static_assert(sizeof(Challenge) == 72);
+static_assert(sizeof(Challenge) == 80);
 
 enum class Verdict : uint8_t {
   kAccepted = 1,
@@ -75,16 +81,18 @@ class Handshake final : public EventSink {
     std::string secret;
   };
 
-  // Called with the dialler's id and epoch once it has proved who it is.
-  using Admit = std::function<Verdict(uint64_t worker_id, int64_t epoch)>;
+  // Called once the dialler has proved who it is.
+  using Admit = std::function<Verdict(const Hello&)>;
 
   // Requires: `self` outlives the handshake.
   static std::unique_ptr<Handshake> dial(const Self& self, Fd socket,
                                          bool is_shm, uint64_t target,
-                                         int64_t epoch, Deadline deadline);
+                                         const Standing& own,
+                                         uint64_t former_link,
+                                         Deadline deadline);
   static std::unique_ptr<Handshake> answer(const Self& self, Fd socket,
                                            bool is_shm,
-                                           std::function<int64_t()> epoch,
+                                           std::function<Standing()> own,
                                            Admit admit, Deadline deadline);
 
   // Goes as far as it can without waiting.
@@ -98,9 +106,11 @@ class Handshake final : public EventSink {
   bool hasOfferedMemory() const { return has_dialled_ && memory_.has_value(); }
   // What the peer said, trustworthy once linked.
   uint64_t peerId() const { return peer_id_; }
-  int64_t peerEpoch() const;
-  // The epoch that we told the peer.
-  int64_t ownEpoch() const;
+  const Standing& peerStanding() const;
+  // What we told the peer.
+  const Standing& ownStanding() const;
+  // The same on both sides, and never used before. Requires: kLinked.
+  uint64_t linkId() const;
   // Requires: state() == kLinked. Called once.
   std::unique_ptr<Link> takeLink();
 
@@ -124,7 +134,7 @@ class Handshake final : public EventSink {
   const bool is_shm_;
   const bool has_dialled_;
   const Deadline deadline_;
-  std::function<int64_t()> epoch_;
+  std::function<Standing()> own_;
   Admit admit_;
 
   State state_ = State::kBusy;

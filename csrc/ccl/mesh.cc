@@ -19,6 +19,9 @@ namespace {
 // How long close() waits for peers to take note. They answer within a
 // millisecond unless they are stopped or dead.
 constexpr Milliseconds kFarewellTime{1000};
+// A worker that is no member may be one of an epoch that we have not heard of.
+// Its link waits, unread; so many of them do, or as many as there are members.
+constexpr size_t kMaxEarly = 256;
 
 Fd makeEventFd() {
   Fd fd = Fd::make([] { return ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); });
@@ -79,6 +82,14 @@ void Mesh::checkOwner() const {
   if (isInherited())
     throw std::runtime_error(
         "this mesh belongs to the process that this one was forked from");
+}
+
+// FNV-1a, with words in place of bytes. Against mistakes, not against malice.
+uint64_t Mesh::digestOf(const std::vector<Member>& members) {
+  uint64_t digest = 0xcbf29ce484222325;
+  for (const Member& member : members)
+    digest = (digest ^ member.worker_id) * 0x100000001b3;
+  return digest;
 }
 
 // ---------------------------------------------------------------- any thread
@@ -230,7 +241,7 @@ int Mesh::moveTo(int64_t epoch, int rank, std::vector<Member> members,
 
   // Which ranks were reached over a link that does not serve any more? Not
   // those whose workers have only changed places.
-  std::map<uint64_t, int> rank_of;
+  std::unordered_map<uint64_t, int> rank_of;
   for (size_t r = 0; r < members.size(); ++r)
     rank_of[members[r].worker_id] = static_cast<int>(r);
   std::vector<int> replaced;
@@ -250,6 +261,8 @@ int Mesh::moveTo(int64_t epoch, int rank, std::vector<Member> members,
   epoch_ = epoch;
   rank_ = rank;
   members_ = std::move(members);
+  members_digest_ = digestOf(members_);
+  ranks_ = std::move(rank_of);
   public_epoch_ = epoch_;
   public_rank_ = rank_;
   public_size_ = static_cast<int>(members_.size());
@@ -270,8 +283,9 @@ int Mesh::moveTo(int64_t epoch, int rank, std::vector<Member> members,
   }
   for (int r : replaced) dialIfNeeded(r);
   counters_.links_replaced += static_cast<int64_t>(replaced.size());
+  // Who is no member has been told of, once: what it claims may be far ahead.
   for (auto& [id, peer] : peers_)
-    if (peer->epoch() > epoch_) onNewerEpoch(*peer, peer->epoch());
+    if (rankOf(id) >= 0) onMarker(*peer);
   return static_cast<int>(replaced.size());
 }
 
@@ -289,7 +303,7 @@ void Mesh::closePeersWithout(const std::set<uint64_t>& ids) {
       ++it;
       continue;
     }
-    if (!is_member) connector_.cancel(it->first);
+    if (!is_member) connector_.forget(it->first);
     bury(std::move(it->second));
     it = peers_.erase(it);
   }
@@ -332,9 +346,8 @@ void Mesh::dialIfNeeded(int rank) {
 }
 
 int Mesh::rankOf(uint64_t worker_id) const {
-  for (size_t r = 0; r < members_.size(); ++r)
-    if (members_[r].worker_id == worker_id) return static_cast<int>(r);
-  return -1;
+  const auto it = ranks_.find(worker_id);
+  return it == ranks_.end() ? -1 : it->second;
 }
 
 void Mesh::beginClosing() {
@@ -398,42 +411,84 @@ void Mesh::onMismatch(Peer& peer, const std::string& what) {
       rank, epoch_)));
 }
 
-void Mesh::onNewerEpoch(Peer& peer, int64_t epoch) {
-  if (epoch_ < 0) return;
+void Mesh::onMarker(Peer& peer) {
+  if (epoch_ < 0 || peer.epoch() < epoch_) return;
   const int rank = rankOf(peer.workerId());
-  latch(std::make_exception_ptr(StaleEpoch(
-      "epoch " + std::to_string(epoch_) + " is over: rank " +
-          std::to_string(rank) + " is in epoch " + std::to_string(epoch),
-      rank, epoch_)));
+  if (peer.epoch() > epoch_) {
+    latch(std::make_exception_ptr(
+        StaleEpoch("epoch " + std::to_string(epoch_) + " is over: rank " +
+                       std::to_string(rank) + " is in epoch " +
+                       std::to_string(peer.epoch()),
+                   rank, epoch_)));
+  } else if (rank >= 0 && peer.membersDigest() != members_digest_) {
+    latch(std::make_exception_ptr(CollectiveMismatch(
+        "rank " + std::to_string(rank_) + " and rank " + std::to_string(rank) +
+            " disagree on the members of epoch " + std::to_string(epoch_) +
+            ": give an epoch's number to one membership only",
+        rank, epoch_)));
+  }
 }
 
 // ---------------------------------------------------------------- connections
 
-Verdict Mesh::admits(uint64_t worker_id, int64_t its_epoch) {
+Verdict Mesh::admits(uint64_t worker_id, int64_t its_epoch,
+                     bool has_lost_link) {
   if (close_by_ < Deadline::never()) return Verdict::kNotAMember;
   const auto decide = [](bool is_let_in) {
     return is_let_in ? Verdict::kAccepted : Verdict::kDuplicate;
   };
   const auto it = peers_.find(worker_id);
   if (it != peers_.end() && it->second->state() == Peer::State::kOpen) {
-    // It would not dial if it still had its end, so ours is dead without our
-    // having noticed; or its dial crossed ours, in the same epoch.
-    return decide(its_epoch > it->second->linkedAt());
+    // Our end is dead without our having noticed; or its dial crossed ours, in
+    // the same epoch.
+    return decide(has_lost_link || its_epoch > it->second->linkedAt());
   }
   if (connector_.isDialling(worker_id)) return decide(worker_id < worker_id_);
-  return rankOf(worker_id) >= 0 || its_epoch > epoch_ ? Verdict::kAccepted
-                                                      : Verdict::kNotAMember;
+  return rankOf(worker_id) >= 0 || makeRoomForEarly(its_epoch)
+             ? Verdict::kAccepted
+             : Verdict::kNotAMember;
+}
+
+// Of too many the one gives way that claims to be farthest ahead: it is the
+// least likely to be a member soon.
+bool Mesh::makeRoomForEarly(int64_t its_epoch) {
+  if (its_epoch <= epoch_) return false;
+  size_t count = 0;
+  auto farthest = peers_.end();
+  for (auto it = peers_.begin(); it != peers_.end(); ++it) {
+    if (rankOf(it->first) >= 0) continue;
+    ++count;
+    if (farthest == peers_.end() ||
+        it->second->epoch() > farthest->second->epoch())
+      farthest = it;
+  }
+  if (count < std::max(kMaxEarly, members_.size())) return true;
+  if (farthest->second->epoch() <= its_epoch) return false;
+  connector_.forget(farthest->first);
+  bury(std::move(farthest->second));
+  peers_.erase(farthest);
+  return true;
 }
 
 void Mesh::onLinked(const Handshake& handshake, std::unique_ptr<Link> link) {
   Peer& peer = peerOf(handshake.peerId());
-  if (peer.state() == Peer::State::kOpen) peer.drop("it has made a new link");
+  if (peer.state() == Peer::State::kOpen && !peer.letGo())
+    peer.drop("it has made a new link");
   loop_.hand(link->fd(), &peer);
   ++counters_.links_open;
   ++counters_.links_opened;
   if (link->kind() == std::string("shm")) ++counters_.links_shm;
-  peer.attach(std::move(link), handshake.peerEpoch(), handshake.ownEpoch());
+  peer.attach(std::move(link), handshake.peerStanding(),
+              handshake.ownStanding());
   sendClosed(peer);
+}
+
+// The other side may not know, or not live: to dial is to find out.
+void Mesh::onUnlinked(Peer& peer) {
+  const int rank = rankOf(peer.workerId());
+  if (rank < 0) return;
+  ++counters_.links_replaced;
+  dialIfNeeded(rank);
 }
 
 void Mesh::onClosing(int fd) {

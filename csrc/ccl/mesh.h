@@ -17,6 +17,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -38,6 +39,8 @@ class Mesh final : private Peer::Host, private Connector::Host {
     uint64_t worker_id;
     std::string address;
   };
+  // Tells whether two workers mean the same by an epoch's ranks.
+  static uint64_t digestOf(const std::vector<Member>& members);
 
   Mesh(uint64_t worker_id, std::string secret, const std::string& bind_host,
        bool use_shm);
@@ -226,6 +229,8 @@ class Mesh final : private Peer::Host, private Connector::Host {
 
   // Peer::Host and Connector::Host
   int64_t epoch() const override { return epoch_; }
+  uint64_t membersDigest() const override { return members_digest_; }
+  Standing standing() const override { return {epoch_, members_digest_}; }
   bool hasFailed() const override { return has_failed_; }
   void onTransferDone(Operation* op, Transfer* transfer) override;
   bool contradicts(const MessageKey& key, uint16_t signature) override;
@@ -234,12 +239,15 @@ class Mesh final : private Peer::Host, private Connector::Host {
   bool isClosed(const MessageKey& key) const override;
   void onClose(Peer& peer, const MessageKey& key, Closing why) override;
   void onMissed(Peer& peer, const MessageKey& key) override;
-  void onNewerEpoch(Peer& peer, int64_t epoch) override;
+  void onMarker(Peer& peer) override;
   void onLost(Peer& peer, const std::string& why) override;
   void onWork(Peer& peer) override;
+  void onUnlinked(Peer& peer) override;
   void onClosing(int fd) override;
   void onBytes(size_t sent, size_t received) override;
-  Verdict admits(uint64_t worker_id, int64_t its_epoch) override;
+  Verdict admits(uint64_t worker_id, int64_t its_epoch,
+                 bool has_lost_link) override;
+  bool makeRoomForEarly(int64_t its_epoch);
   void onLinked(const Handshake& handshake,
                 std::unique_ptr<Link> link) override;
   void onDialFailed(uint64_t worker_id, const std::string& why) override;
@@ -291,6 +299,8 @@ class Mesh final : private Peer::Host, private Connector::Host {
   int64_t epoch_ = -1;
   int rank_ = -1;
   std::vector<Member> members_;
+  uint64_t members_digest_ = 0;
+  std::unordered_map<uint64_t, int> ranks_;  // by worker id
   std::map<uint64_t, std::unique_ptr<Peer>> peers_;
   std::vector<int64_t> seated_since_;  // epochs; see Group::seated_since
   std::set<uint64_t> broken_;  // members whose link was lost in this epoch

@@ -23,13 +23,13 @@ uint64_t cost(uint64_t total) { return total + kMessageCost; }
 
 }  // namespace
 
-void Peer::attach(std::unique_ptr<Link> link, int64_t their_epoch,
-                  int64_t our_epoch) {
+void Peer::attach(std::unique_ptr<Link> link, const Standing& theirs,
+                  const Standing& ours) {
   link_ = std::move(link);
   state_ = State::kOpen;
   has_departed_ = false;
-  epoch_ = their_epoch;
-  linked_at_ = std::max(their_epoch, our_epoch);
+  at_ = theirs;
+  linked_at_ = std::max(theirs.epoch, ours.epoch);
   in_header_bytes_ = in_left_ = 0;
   in_transfer_ = nullptr;
   in_to_ = nullptr;
@@ -37,13 +37,14 @@ void Peer::attach(std::unique_ptr<Link> link, int64_t their_epoch,
   out_header_left_ = out_left_ = 0;
   out_transfer_ = nullptr;
   // The epoch moved on while hands were shaken.
-  if (our_epoch != host_.epoch()) {
+  if (ours.epoch != host_.epoch()) {
     FrameHeader marker;
     marker.type = FrameType::kMarker;
     marker.epoch = host_.epoch();
+    marker.total = host_.membersDigest();
     control_.insert(control_.begin() + control_sent_, marker);
   }
-  if (epoch_ > host_.epoch()) host_.onNewerEpoch(*this, epoch_);
+  host_.onMarker(*this);
   host_.onWork(*this);
 }
 
@@ -65,6 +66,23 @@ void Peer::drop(const std::string& why) {
       std::any_of(inbound_.begin(), inbound_.end(),
                   [](const auto& entry) { return entry.second.receiver; });
   if ((!has_departed_ && !is_excused) || is_needed) host_.onLost(*this, why);
+}
+
+bool Peer::letGo() {
+  if (state_ != State::kOpen || has_departed_ || is_excused || has_spoken_ ||
+      at_.epoch >= host_.epoch()) {
+    return false;
+  }
+  discard();
+  state_ = State::kUnlinked;
+  has_spoken_ = true;  // once in an epoch: the next one may break as well
+  out_header_left_ = out_left_ = 0;
+  control_sent_ = 0;
+  // The next handshake says what the marker does.
+  std::erase_if(control_, [](const FrameHeader& frame) {
+    return frame.type == FrameType::kMarker;
+  });
+  return true;
 }
 
 void Peer::discard() {
@@ -233,7 +251,9 @@ void Peer::fence() {
   in_early_ = in_counted_ = false;
   control_.clear();
   control_sent_ = 0;
-  if (state_ == State::kOpen) control(FrameType::kMarker, {}, 0, 0);
+  has_spoken_ = false;
+  if (state_ == State::kOpen)
+    control(FrameType::kMarker, {}, 0, host_.membersDigest());
 }
 
 void Peer::sayFarewell() {
@@ -332,10 +352,9 @@ void Peer::onHeader() {
   const bool is_data = in_.type == FrameType::kData;
   if (in_left_ > (is_data ? kChunkBytes : 0)) return refuse("too long a frame");
   if (in_.type == FrameType::kMarker) {
-    if (in_.epoch < epoch_) return refuse("a marker of an older epoch");
-    epoch_ = in_.epoch;
-    if (epoch_ > host_.epoch()) host_.onNewerEpoch(*this, epoch_);
-    return;
+    if (in_.epoch < at_.epoch) return refuse("a marker of an older epoch");
+    at_ = {in_.epoch, in_.total};
+    return host_.onMarker(*this);
   }
   if (in_.type == FrameType::kFarewell) {
     has_departed_ = true;
@@ -452,6 +471,7 @@ void Peer::onGrant() {
 }
 
 void Peer::onEnd() {
+  if (letGo()) return host_.onUnlinked(*this);
   drop(has_departed_ ? "it has left" : "its link closed without a farewell");
 }
 
@@ -510,6 +530,7 @@ bool Peer::nextFrame() {
   } else {
     return false;
   }
+  has_spoken_ |= out_.type != FrameType::kMarker;
   out_header_left_ = sizeof(FrameHeader);
   return true;
 }

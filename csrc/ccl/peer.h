@@ -32,6 +32,7 @@ class Peer final : public EventSink {
    public:
     virtual ~Host() = default;
     virtual int64_t epoch() const = 0;
+    virtual uint64_t membersDigest() const = 0;
     virtual bool hasFailed() const = 0;
     virtual void onTransferDone(Operation* op, Transfer* transfer) = 0;
     // The operation that the key belongs to, if it is in flight: whether it is
@@ -46,11 +47,14 @@ class Peer final : public EventSink {
     virtual void onClose(Peer& peer, const MessageKey& key, Closing why) = 0;
     // A message to or from a peer that has left its group.
     virtual void onMissed(Peer& peer, const MessageKey& key) = 0;
-    virtual void onNewerEpoch(Peer& peer, int64_t epoch) = 0;
+    // The peer's marker has come.
+    virtual void onMarker(Peer& peer) = 0;
     // A pending or new message cannot be completed: the worker died, or left.
     virtual void onLost(Peer& peer, const std::string& why) = 0;
     // There is something to send, or an event; pump() is to be called soon.
     virtual void onWork(Peer& peer) = 0;
+    // A link was let go of.
+    virtual void onUnlinked(Peer& peer) = 0;
     // The link's descriptor is about to be closed.
     virtual void onClosing(int fd) = 0;
     virtual void onBytes(size_t sent, size_t received) = 0;
@@ -65,21 +69,25 @@ class Peer final : public EventSink {
   Peer(Host& host, uint64_t worker_id) : host_(host), worker_id_(worker_id) {}
 
   uint64_t workerId() const { return worker_id_; }
-  int64_t epoch() const { return epoch_; }  // of its last marker
+  int64_t epoch() const { return at_.epoch; }  // of its last marker
+  uint64_t membersDigest() const { return at_.members; }
   State state() const { return state_; }
   bool hasDeparted() const { return has_departed_; }
   int64_t linkedAt() const { return linked_at_; }  // epoch
   const char* linkKind() const { return link_ ? link_->kind() : "none"; }
 
-  // Takes a new link; what was queued goes over it. `their_epoch` and
-  // `our_epoch` are those told in the handshake.
-  void attach(std::unique_ptr<Link> link, int64_t their_epoch,
-              int64_t our_epoch);
+  // Takes a new link; what was queued goes over it. `theirs` and `ours` are
+  // those told in the handshake.
+  void attach(std::unique_ptr<Link> link, const Standing& theirs,
+              const Standing& ours);
   // Drops the link and says why to whom it may concern.
   void drop(const std::string& why);
 
   // Closes the link without telling anybody.
   void discard();
+  // Gives the link up without a failure, if nothing of this epoch has gone over
+  // it: it broke before, and what is queued goes over the next. Else false.
+  bool letGo();
 
   // Starts, and withdraws, a transfer.
   void post(Transfer* transfer);
@@ -117,7 +125,7 @@ class Peer final : public EventSink {
 
  private:
   // It waits, its frames unread, until we are in its epoch too.
-  bool isAhead() const { return epoch_ > host_.epoch(); }
+  bool isAhead() const { return at_.epoch > host_.epoch(); }
 
   // What is known of a message that is to be received.
   struct Inbound {
@@ -163,9 +171,11 @@ class Peer final : public EventSink {
   const uint64_t worker_id_;
   std::unique_ptr<Link> link_;
   State state_ = State::kUnlinked;
-  int64_t epoch_ = -1;
+  Standing at_;
   int64_t linked_at_ = -1;
   bool has_departed_ = false;
+  // Something of this epoch, beyond its marker, may be lost with the link.
+  bool has_spoken_ = false;
 
   std::unordered_map<MessageKey, Inbound, MessageKeyHash> inbound_;
   std::unordered_map<MessageKey, Outbound, MessageKeyHash> outbound_;

@@ -94,6 +94,7 @@ void cutAtAnyByte(bool use_shm, End end) {
   Mesh& mesh = *world.meshes[0];
   FakePeer peer(1000);
   world.members.push_back(peer.member());
+  peer.members = Mesh::digestOf(world.members);
   const std::vector<int> both = {0, 1};
   auto group =
       std::make_shared<Group>("world", both, 0, Milliseconds(20'000), true);

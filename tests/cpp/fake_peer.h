@@ -32,6 +32,11 @@ class FakePeer {
     return {self_.worker_id, "nowhere||127.0.0.1|1"};
   }
 
+  // What it takes for the members of its epoch, as a digest.
+  uint64_t members = 0;
+  // The link that it says it had before.
+  uint64_t former_link = 0;
+
   // Makes a link; returns how the handshake ended.
   Handshake::State dial(const Mesh& mesh, uint64_t target, int64_t epoch,
                         bool use_shm) {
@@ -40,7 +45,8 @@ class FakePeer {
         use_shm ? connectUnix(address.unix_name) : connectTcp(address.tcp);
     EXPECT(static_cast<bool>(socket));
     auto handshake = Handshake::dial(self_, std::move(socket), use_shm, target,
-                                     epoch, Deadline::in(Milliseconds(15'000)));
+                                     {epoch, members}, former_link,
+                                     Deadline::in(Milliseconds(15'000)));
     short wanted = POLLOUT;  // until it is connected
     while (handshake->state() == Handshake::State::kBusy) {
       EXPECT(!handshake->deadline().expired());
@@ -49,8 +55,10 @@ class FakePeer {
       handshake->onEvents(EPOLLIN | EPOLLOUT);
     }
     link_.reset();
-    if (handshake->state() == Handshake::State::kLinked)
+    if (handshake->state() == Handshake::State::kLinked) {
+      former_link = handshake->linkId();
       link_ = handshake->takeLink();
+    }
     return handshake->state();
   }
 
@@ -98,6 +106,10 @@ class FakePeer {
     }
     return false;
   }
+
+  // Loses its end without the other side's seeing it; returns what must live as
+  // long as that is so.
+  std::unique_ptr<Link> abandon() { return std::move(link_); }
 
   // As a process that dies does; `reset`: as a cut connection does.
   void hangUp(bool reset = false) {

@@ -114,9 +114,10 @@ class Fuzzed {
 
   void round(Generator& random) {
     const int64_t epoch = world_.epoch + 1;
+    world_.members.push_back(peer_.member());
+    peer_.members = Mesh::digestOf(world_.members);
     EXPECT(peer_.dial(*world_.meshes[0], world_.members[0].worker_id, epoch,
                       use_shm_) == Handshake::State::kLinked);
-    world_.members.push_back(peer_.member());
     world_.seat();
     world_.members.pop_back();
     auto group = std::make_shared<Group>("all", std::vector<int>{0, 1, 2}, 0,
@@ -178,10 +179,10 @@ class Fuzzed {
               0);
     Hello hello{};
     std::memcpy(hello.magic.data(), "mnemlink", 8);
-    hello.version = 1;
+    hello.version = kHandshakeVersion;
     hello.worker_id = 1;
     hello.target_id = world_.members[0].worker_id;
-    hello.epoch = world_.epoch + 1;
+    hello.at.epoch = world_.epoch + 1;
     Bytes bytes(sizeof(hello) + sizeof(Digest) + random.below(40));
     std::memcpy(bytes.data(), &hello, sizeof(hello));
     for (uint64_t n = random.below(5); n > 0; --n) random.damage(&bytes);

@@ -62,10 +62,10 @@ class Stranger {
 Hello helloTo(const World& world, uint64_t from = kStranger) {
   Hello hello{};
   std::memcpy(hello.magic.data(), "mnemlink", 8);
-  hello.version = 1;
+  hello.version = kHandshakeVersion;
   hello.worker_id = from;
   hello.target_id = world.members[0].worker_id;
-  hello.epoch = world.epoch;
+  hello.at = {world.epoch, Mesh::digestOf(world.members)};
   return hello;
 }
 
@@ -99,7 +99,7 @@ TEST(a_hello_with_any_wrong_field_is_refused) {
   for (int field = 0; field < 5; ++field) {
     Hello hello = helloTo(world);
     if (field == 0) hello.magic[3] ^= 1;
-    if (field == 1) hello.version = 2;
+    if (field == 1) hello.version += 1;
     if (field == 2) hello.is_shm = 1;
     if (field == 3) hello.target_id += 1;
     if (field == 4) hello.worker_id = hello.target_id;
@@ -135,7 +135,7 @@ TEST(a_recorded_handshake_cannot_be_replayed) {
   World world(2, true);
   auto groups = world.groups();
   Hello hello = helloTo(world);
-  hello.epoch = world.epoch + 1;  // a worker of a later membership: let in
+  hello.at.epoch = world.epoch + 1;  // a worker of a later membership: let in
   Challenge challenge;
   Digest proof;
   {
@@ -208,7 +208,7 @@ TEST(an_authentic_peer_that_sends_nonsense_is_a_lost_peer) {
   auto groups = world.groups();
   // Take the place of rank 1: the same worker, in a later epoch.
   Hello hello = helloTo(world, world.members[1].worker_id);
-  hello.epoch = world.epoch + 1;
+  hello.at.epoch = world.epoch + 1;
   Challenge challenge;
   Stranger peer(*world.meshes[0]);
   peer.say(&hello, sizeof(hello));
@@ -222,7 +222,7 @@ TEST(an_authentic_peer_that_sends_nonsense_is_a_lost_peer) {
   // after the mesh has moved there.
   FrameHeader frame;
   frame.type = static_cast<FrameType>(99);
-  frame.epoch = hello.epoch;
+  frame.epoch = hello.at.epoch;
   peer.say(&frame, sizeof(frame));
   ++world.epoch;
   world.seat(0);
@@ -239,7 +239,7 @@ TEST(a_broken_link_is_replaced_in_the_next_epoch) {
     // Whoever proves to be rank 1 in a later epoch takes over its link; the old
     // one closes, which rank 1 sees.
     Hello hello = helloTo(world, world.members[1].worker_id);
-    hello.epoch = world.epoch + 1;
+    hello.at.epoch = world.epoch + 1;
     Challenge challenge;
     Stranger peer(*world.meshes[0]);
     peer.say(&hello, sizeof(hello));
