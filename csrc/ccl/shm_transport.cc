@@ -47,6 +47,7 @@ class ShmLink final : public Link {
 
   int fd() const override { return socket_.get(); }
   const char* kind() const override { return "shm"; }
+  bool isUnanswered(Milliseconds) override { return false; }
   // The last bytes may arrive in memory before the EOF does at the socket,
   // never after it: the ring is looked at once more when the socket has ended.
   bool ended() const override { return ended_; }

@@ -1,4 +1,6 @@
 // Links between hosts: the kernel's socket buffers are the channel.
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
@@ -26,6 +28,19 @@ class TcpLink final : public Link {
   bool hasNews(bool) const override { return false; }
   bool arm(bool) override { return true; }
   void endWriting() override { ::shutdown(socket_.get(), SHUT_WR); }
+
+  bool isUnanswered(Milliseconds patience) override {
+    const auto now = Clock::now();
+    tcp_info info{};
+    socklen_t size = sizeof(info);
+    if (::getsockopt(socket_.get(), IPPROTO_TCP, TCP_INFO, &info, &size) != 0)
+      return false;
+    // Data, or the question whether a window that was shut is open again.
+    const bool waits = info.tcpi_unacked > 0 || info.tcpi_probes > 0;
+    const auto heard_at = now - Milliseconds(info.tcpi_last_ack_recv);
+    if (!waits || heard_at >= waits_since_) waits_since_ = now;
+    return now - waits_since_ >= patience;
+  }
 
   void onEvents(uint32_t events) override {
     if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) readable_ = true;
@@ -78,6 +93,7 @@ class TcpLink final : public Link {
   }
 
   Fd socket_;
+  Clock::time_point waits_since_ = Clock::now();
   bool readable_ = true;
   bool writable_ = true;
   bool broken_ = false;

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "common/deadline.h"
 #include "common/fd.h"
 #include "common/shm.h"
 
@@ -44,6 +45,11 @@ class Link {
   virtual bool ended() const = 0;
   // Nothing more will be written; the peer reads to the end and sees it.
   virtual void endWriting() = 0;
+
+  // Whether something has waited that long for the peer's host to acknowledge
+  // it, and nothing came. To be asked from time to time, at least twice. A host
+  // answers for a worker that does not read.
+  virtual bool isUnanswered(Milliseconds patience) = 0;
 
   virtual const char* kind() const = 0;
 };
