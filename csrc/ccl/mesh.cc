@@ -63,10 +63,11 @@ struct Mesh::Command final : Submission {
 };
 
 Mesh::Mesh(uint64_t worker_id, std::string secret, const std::string& bind_host,
-           bool use_shm)
+           bool use_shm, Milliseconds patience)
     : worker_id_(worker_id),
       generation_(forkGeneration()),
       job_tag_(tagOf(secret)),
+      patience_(patience),
       failure_fd_(makeEventFd()),
       connector_(loop_, *this, worker_id, std::move(secret), bind_host,
                  use_shm),
@@ -477,7 +478,11 @@ void Mesh::onLinked(const Handshake& handshake, std::unique_ptr<Link> link) {
   loop_.hand(link->fd(), &peer);
   ++counters_.links_open;
   ++counters_.links_opened;
-  if (link->kind() == std::string("shm")) ++counters_.links_shm;
+  if (link->kind() == std::string("shm")) {
+    ++counters_.links_shm;
+  } else {
+    ask_hosts_at_ = std::min(ask_hosts_at_, Deadline::in(patience_ / 5));
+  }
   peer.attach(std::move(link), handshake.peerStanding(),
               handshake.ownStanding());
   sendClosed(peer);

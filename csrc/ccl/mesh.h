@@ -42,8 +42,12 @@ class Mesh final : private Peer::Host, private Connector::Host {
   // Tells whether two workers mean the same by an epoch's ranks.
   static uint64_t digestOf(const std::vector<Member>& members);
 
+  // As long as keepalive takes where nothing is under way, see socket.cc.
+  static constexpr Milliseconds kPatience{25'000};
+
+  // `patience`: after which a host that acknowledges nothing is lost.
   Mesh(uint64_t worker_id, std::string secret, const std::string& bind_host,
-       bool use_shm);
+       bool use_shm, Milliseconds patience = kPatience);
   // Requires: not isInherited().
   ~Mesh() override;
 
@@ -179,6 +183,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   void resumeReady();
   void pumpListed();
   void checkDeadlines();
+  void checkSilence();
 
   void start(Operation* op);
   void resume(Operation* op);
@@ -257,6 +262,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   const uint64_t worker_id_;
   const unsigned generation_;  // of the process that owns it
   const uint64_t job_tag_;
+  const Milliseconds patience_;
   Fd failure_fd_;
   std::string address_;
 
@@ -313,6 +319,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   Deadline close_by_ = Deadline::never();
   Operation* flight_ = nullptr;
   Deadline next_timeout_ = Deadline::never();
+  Deadline ask_hosts_at_ = Deadline::never();  // if there is a link over TCP
   std::vector<Operation*> ready_;
   std::vector<Peer*> listed_;
   std::vector<Peer*> pumping_;

@@ -68,6 +68,12 @@ void Peer::drop(const std::string& why) {
   if ((!has_departed_ && !is_excused) || is_needed) host_.onLost(*this, why);
 }
 
+void Peer::checkSilence(Milliseconds patience) {
+  if (link_ && link_->isUnanswered(patience))
+    drop("its host has acknowledged nothing for " +
+         std::to_string(patience.count()) + " ms");
+}
+
 bool Peer::letGo() {
   if (state_ != State::kOpen || has_departed_ || is_excused || has_spoken_ ||
       at_.epoch >= host_.epoch()) {

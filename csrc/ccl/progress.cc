@@ -116,7 +116,8 @@ void Mesh::sleep(std::unique_lock<std::mutex>& engine) {
 }
 
 Deadline Mesh::nextDeadline() const {
-  return std::min({next_timeout_, connector_.nextDeadline(), close_by_});
+  return std::min(
+      {next_timeout_, ask_hosts_at_, connector_.nextDeadline(), close_by_});
 }
 
 bool Mesh::hasSubmissions() {
@@ -226,6 +227,7 @@ bool Mesh::turnOnce() {
   pumpListed();
   connector_.settle();
   if (next_timeout_.expired()) checkDeadlines();
+  if (ask_hosts_at_.expired()) checkSilence();
   return worked || hasWork();
 }
 
@@ -281,6 +283,13 @@ void Mesh::checkDeadlines() {
   }
   next_timeout_ = next;
   if (late != nullptr) timeOut(late);
+}
+
+// TCP itself hopes for 15 minutes.
+void Mesh::checkSilence() {
+  for (auto& [id, peer] : peers_) peer->checkSilence(patience_);
+  ask_hosts_at_ = counters_.links_open > 0 ? Deadline::in(patience_ / 5)
+                                           : Deadline::never();
 }
 
 void Mesh::timeOut(Operation* op) {
