@@ -248,6 +248,7 @@ int Mesh::moveTo(int64_t epoch, int rank, std::vector<Member> members,
   std::vector<int> replaced;
   for (size_t r = 0; r < members_.size(); ++r) {
     const uint64_t old_id = members_[r].worker_id;
+    if (rank_of.count(old_id) == 0) connector_.forget(old_id);
     const auto it = peers_.find(old_id);
     if (it == peers_.end() || it->second->linkedAt() < 0) continue;
     const auto now = rank_of.find(old_id);
