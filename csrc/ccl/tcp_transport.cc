@@ -38,7 +38,9 @@ class TcpLink final : public Link {
     // Data, or the question whether a window that was shut is open again.
     const bool waits = info.tcpi_unacked > 0 || info.tcpi_probes > 0;
     const auto heard_at = now - Milliseconds(info.tcpi_last_ack_recv);
-    if (!waits || heard_at >= waits_since_) waits_since_ = now;
+    // Who was stopped for long knows nothing of the time between.
+    const bool knows = now - std::exchange(asked_at_, now) < patience / 2;
+    if (!waits || !knows || heard_at >= waits_since_) waits_since_ = now;
     return now - waits_since_ >= patience;
   }
 
@@ -93,7 +95,8 @@ class TcpLink final : public Link {
   }
 
   Fd socket_;
-  Clock::time_point waits_since_ = Clock::now();
+  Clock::time_point asked_at_ = Clock::now();
+  Clock::time_point waits_since_ = asked_at_;
   bool readable_ = true;
   bool writable_ = true;
   bool broken_ = false;
