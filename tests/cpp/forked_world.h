@@ -40,6 +40,7 @@ struct Request {
 
 struct Usage {
   int64_t rss_bytes;     // private memory in use
+  int64_t heap_bytes;    // what was allocated and not freed
   int64_t shared_bytes;  // of shared memory, what this worker has touched
   int64_t mapped_bytes;
   int64_t fds;

@@ -1,6 +1,7 @@
 #include "worker_main.h"
 
 #include <dirent.h>
+#include <malloc.h>
 #include <sys/socket.h>
 
 #include <cerrno>
@@ -13,6 +14,11 @@
 #include "common/error.h"
 #include "forked_world.h"
 #include "world.h"
+
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+// Of sanitizer/allocator_interface.h, which not every compiler brings.
+extern "C" size_t __sanitizer_get_current_allocated_bytes();
+#endif
 
 namespace mnemosyne::testing {
 namespace {
@@ -205,11 +211,25 @@ class Worker {
         fields[line.substr(0, colon)] = std::atoll(&line[colon + 1]);
     }
     auto counters = mesh_.counters();
-    return {fields["RssAnon"] * 1024,  fields["RssShmem"] * 1024,
-            fields["VmSize"] * 1024,   countFds(),
-            fields["Threads"],         counters["links_open"],
-            counters["links_opened"],  counters["bytes_sent"],
+    return {fields["RssAnon"] * 1024,
+            heapBytes(),
+            fields["RssShmem"] * 1024,
+            fields["VmSize"] * 1024,
+            countFds(),
+            fields["Threads"],
+            counters["links_open"],
+            counters["links_opened"],
+            counters["bytes_sent"],
             counters["bytes_received"]};
+  }
+
+  static int64_t heapBytes() {
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+    return static_cast<int64_t>(__sanitizer_get_current_allocated_bytes());
+#else
+    const auto heap = ::mallinfo2();
+    return static_cast<int64_t>(heap.uordblks + heap.hblkhd);
+#endif
   }
 
   static int64_t countFds() {
