@@ -157,7 +157,20 @@ class World:
             self._pipes[rank].send((function, args))
 
     def results(self, ranks: Any) -> list[Any]:
-        return [self._reply(rank) for rank in ranks]
+        """Return what the ranks replied, or raise the first error among that.
+
+        All replies are read first: what is left in a pipe would be taken for the
+        answer to the next question.
+        """
+        replies, errors = [], []
+        for rank in ranks:
+            try:
+                replies.append(self._reply(rank))
+            except (RuntimeError, TimeoutError) as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return replies
 
     def run(self, function: Callable[..., Any], *args: Any, ranks: Any = None) -> Any:
         """Run ``function(worker, *args)`` on ranks at the same time, all by default."""
