@@ -293,3 +293,25 @@ def values_of_futures(pg: Any, rank: int, size: int) -> list[torch.Tensor]:
         assert work.is_success() and work.exception() is None
         results += work.result()
     return results
+
+
+@case
+def sums_of_any_halves(pg: Any, rank: int, size: int) -> list[torch.Tensor]:
+    """The order decides about the last bit, and is each implementation's own.
+
+    Against the exact sum: ``size`` - 1 additions, each rounded by half a last bit at
+    most.
+    """
+    for dtype in (torch.float16, torch.bfloat16):
+        for numel in (700, 100_003):
+            shares = [
+                torch.randn(numel, generator=torch.Generator().manual_seed(r)).to(dtype)
+                for r in range(size)
+            ]
+            tensor = shares[rank].clone()
+            dist.all_reduce(tensor, group=pg)
+            exact = torch.stack(shares).double().sum(0)
+            reach = torch.stack(shares).double().abs().sum(0)
+            bound = (size - 1) * torch.finfo(dtype).eps / 2 * reach
+            assert bool(((tensor.double() - exact).abs() <= bound).all())
+    return []

@@ -11,10 +11,17 @@ import torch.distributed.nn.functional as with_grad
 from cases import case, values
 from cases_lists import name_of
 from torch.distributed import checkpoint as dcp
+from torch.distributed.algorithms.ddp_comm_hooks import (
+    debugging_hooks,
+    default_hooks,
+    optimizer_overlap_hooks,
+    post_localSGD_hook,
+    powerSGD_hook,
+)
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.optim import ZeroRedundancyOptimizer, functional_sgd
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -91,6 +98,87 @@ def functional_collectives_with_gradients(
 
 
 # Torch refuses those with bfloat16 to all but NCCL.
+
+
+def train_exactly(wrapped: DDP, rank: int, lr: float = 0.25) -> list[torch.Tensor]:
+    """Gradients are quarters of small integers: sums of those are exact in float16."""
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=lr)
+    for step in range(4):
+        optimizer.zero_grad()
+        wrapped(values(64, rank + step).reshape(4, 16)).sum().backward()
+        optimizer.step()
+    return [p.detach().clone() for p in wrapped.parameters()]
+
+
+def integers() -> torch.nn.Linear:
+    layer = torch.nn.Linear(16, 4)
+    with torch.no_grad():
+        layer.weight.copy_(values(64, 0).reshape(4, 16))
+        layer.bias.fill_(1.0)
+    return layer
+
+
+@case
+def communication_hooks(pg: Any, rank: int, size: int) -> list[torch.Tensor]:
+    """Not bf16 and quantization: torch refuses the one to all but NCCL, and the
+    other indexes the future of an all-gather as only NCCL makes it."""
+    local = post_localSGD_hook.PostLocalSGDState(pg, pg, start_localSGD_iter=2)
+    alone = post_localSGD_hook.PostLocalSGDState(
+        pg, pg, start_localSGD_iter=2, post_local_gradient_allreduce=False
+    )
+    average, halves = default_hooks.allreduce_hook, default_hooks.fp16_compress_wrapper
+    hooks: list[tuple[Any, Any]] = [
+        (pg, average),
+        (pg, default_hooks.fp16_compress_hook),
+        (pg, halves(average)),
+        (local, post_localSGD_hook.post_localSGD_hook),
+        (alone, post_localSGD_hook.post_localSGD_hook),
+        (None, debugging_hooks.noop_hook),
+    ]
+    results = []
+    for state, hook in hooks:
+        wrapped = DDP(integers(), process_group=pg)
+        wrapped.register_comm_hook(state, hook)
+        results += train_exactly(wrapped, rank)
+    for kind in ("ALLREDUCE", "FP16_COMPRESS"):
+        wrapped = DDP(integers(), process_group=pg)
+        wrapped._register_builtin_comm_hook(getattr(dist.BuiltinCommHookType, kind))
+        results += train_exactly(wrapped, rank)
+    for want, got in zip(results[:2] * 2, results[2:6], strict=True):
+        assert torch.equal(want, got)
+    return results
+
+
+@case
+def communication_hooks_that_step(pg: Any, rank: int, size: int) -> list[torch.Tensor]:
+    """The callback of the last bucket changes the parameters themselves."""
+    wrapped = DDP(integers(), process_group=pg, bucket_cap_mb=1e-5)
+    state = optimizer_overlap_hooks._OptimizerHookState(
+        functional_sgd._FunctionalSGD([], lr=0.25, _allow_empty_param_list=True)
+    )
+    hook = optimizer_overlap_hooks._hook_then_optimizer(
+        default_hooks.allreduce_hook, state
+    )
+    wrapped.register_comm_hook(pg, hook)
+    return train_exactly(wrapped, rank, lr=0.0)
+
+
+@case
+def low_rank_communication_hooks(pg: Any, rank: int, size: int) -> list[torch.Tensor]:
+    """Not those in batches: torch's own code refuses the matrices that it makes."""
+    results = []
+    for matrix_rank, is_batched in ((1, False), (2, False), (2, True)):
+        state = powerSGD_hook.PowerSGDState(
+            pg,
+            matrix_approximation_rank=matrix_rank,
+            start_powerSGD_iter=2,
+            batch_tensors_with_same_shape=is_batched,
+        )
+        wrapped = DDP(model(), process_group=pg)
+        wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        results += train(wrapped, rank, steps=5)
+        assert state.compression_stats()[0] > 1
+    return results
 
 
 class Branches(torch.nn.Module):
