@@ -1,6 +1,7 @@
 // What goes over a link: frames of one header and at most one chunk of payload.
 #pragma once
 
+#include <compare>
 #include <cstddef>
 #include <cstdint>
 
@@ -30,7 +31,7 @@ struct MessageKey {
   uint64_t group = 0;
   uint64_t sequence = 0;
   uint64_t tag = 0;
-  bool operator==(const MessageKey&) const = default;
+  auto operator<=>(const MessageKey&) const = default;
 };
 
 // In host byte order: a job is of one architecture.

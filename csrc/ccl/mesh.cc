@@ -269,6 +269,8 @@ int Mesh::moveTo(int64_t epoch, int rank, std::vector<Member> members,
   public_rank_ = rank_;
   public_size_ = static_cast<int>(members_.size());
   broken_.clear();
+  begun_.clear();
+  gave_up_.clear();
   startClosedAnew();
   closing_.clear();
   missing_.clear();

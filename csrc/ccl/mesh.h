@@ -228,6 +228,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   void sendClosed(Peer& peer);
   static void sayClosed(Peer& peer, uint64_t id, const Closed& closed);
 
+  bool isContradicted(Operation& op);
   void addTurn(Turn* turn);
   void removeTurn(Turn* turn);
   void scanTurns(uint64_t group, uint64_t tag);
@@ -310,9 +311,12 @@ class Mesh final : private Peer::Host, private Connector::Host {
   std::map<uint64_t, std::unique_ptr<Peer>> peers_;
   std::vector<int64_t> seated_since_;  // epochs; see Group::seated_since
   std::set<uint64_t> broken_;  // members whose link was lost in this epoch
-  std::map<uint64_t, Closed> closed_;  // by group id
-  std::vector<uint64_t> closing_;      // groups with operations still to end
-  std::vector<uint64_t> missing_;      // workers that left a group just now
+  std::map<uint64_t, Closed> closed_;             // by group id
+  std::unordered_map<uint64_t, uint64_t> begun_;  // next numbers, by group id
+  // Monitored barriers that failed: their messages may still come.
+  std::set<std::pair<uint64_t, uint64_t>> gave_up_;
+  std::vector<uint64_t> closing_;  // groups with operations still to end
+  std::vector<uint64_t> missing_;  // workers that left a group just now
   bool has_failed_ = false;
   bool must_abort_ = false;  // has_failed_, and operations are still in flight
   bool absorbs_ = false;

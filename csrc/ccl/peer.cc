@@ -204,9 +204,25 @@ bool Peer::fits(const Transfer& mine, uint64_t total, uint16_t signature) {
 // ever.
 bool Peer::isForeign() {
   if (!host_.contradicts(in_.key, in_.signature)) return false;
-  control(FrameType::kReject, in_.key, 0, in_.total);
-  host_.onMismatch(*this, "it runs another operation, type, size or root");
+  tellForeign(in_.key);
   return true;
+}
+
+bool Peer::differs(const MessageKey& key, uint16_t signature) {
+  const auto hasOther = [&](const auto& messages) {
+    auto it = messages.lower_bound({key.group, key.sequence, 0});
+    return it != messages.end() && it->first.group == key.group &&
+           it->first.sequence == key.sequence &&
+           it->second.signature != signature;
+  };
+  if (!hasOther(inbound_) && !hasOther(outbound_)) return false;
+  tellForeign(key);
+  return true;
+}
+
+void Peer::tellForeign(const MessageKey& key) {
+  control(FrameType::kReject, key, 0, 0);
+  host_.onMismatch(*this, "it runs another operation, type, size or root");
 }
 
 void Peer::giveBack(uint64_t total) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -17,15 +18,6 @@
 
 namespace mnemosyne::ccl {
 
-struct MessageKeyHash {
-  size_t operator()(const MessageKey& key) const {
-    // Multiplicative mixing; keys differ in few bits.
-    uint64_t mixed = key.group ^ key.sequence * 0x9e3779b97f4a7c15;
-    mixed = (mixed ^ mixed >> 29) + key.tag * 0xbf58476d1ce4e5b9;
-    return mixed ^ mixed >> 32;
-  }
-};
-
 class Peer final : public EventSink {
  public:
   class Host {
@@ -35,8 +27,8 @@ class Peer final : public EventSink {
     virtual uint64_t membersDigest() const = 0;
     virtual bool hasFailed() const = 0;
     virtual void onTransferDone(Operation* op, Transfer* transfer) = 0;
-    // The operation that the key belongs to, if it is in flight: whether it is
-    // of another kind than the signature says.
+    // Whether the collective that the key belongs to is of another kind here
+    // than the signature says, or is over and has had all its messages.
     virtual bool contradicts(const MessageKey& key, uint16_t signature) = 0;
     // A point-to-point message that nobody has asked this peer for yet.
     virtual void onArrival(Peer& peer, const MessageKey& key) = 0;
@@ -97,6 +89,9 @@ class Peer final : public EventSink {
   void withdraw(Transfer* transfer);
   // Whether the message is here, or announced, and nobody has asked for it.
   bool hasArrived(const MessageKey& key) const;
+  // Whether the peer has sent, or asked for, a message of this collective as of
+  // another one; then both are told.
+  bool differs(const MessageKey& key, uint16_t signature);
 
   // Starts a new epoch. Requires: no transfer is pending.
   void fence();
@@ -155,6 +150,7 @@ class Peer final : public EventSink {
                uint64_t total);
   bool fits(const Transfer& mine, uint64_t total, uint16_t signature);
   bool isForeign();
+  void tellForeign(const MessageKey& key);
   void giveBack(uint64_t total);
 
   void receiveAll();
@@ -180,8 +176,8 @@ class Peer final : public EventSink {
   // Something of this epoch, beyond its marker, may be lost with the link.
   bool has_spoken_ = false;
 
-  std::unordered_map<MessageKey, Inbound, MessageKeyHash> inbound_;
-  std::unordered_map<MessageKey, Outbound, MessageKeyHash> outbound_;
+  std::map<MessageKey, Inbound> inbound_;
+  std::map<MessageKey, Outbound> outbound_;
   // How many generations of a group the peer has left.
   std::unordered_map<uint64_t, uint64_t> left_;
   uint64_t window_ = kWindowBytes;  // what we may still send unasked

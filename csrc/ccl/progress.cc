@@ -302,7 +302,9 @@ void Mesh::timeOut(Operation* op) {
           joined(op->late_ranks) + "]",
       op->late_ranks.empty() ? -1 : op->late_ranks[0], epoch_));
   // It was asked who is missing: that somebody is, is its answer.
-  op->kind == Kind::kMonitoredBarrier ? finish(op, error) : latch(error);
+  if (op->kind != Kind::kMonitoredBarrier) return latch(error);
+  gave_up_.insert({op->group->id(), op->sequence_});
+  finish(op, error);
 }
 
 // ---------------------------------------------------------------- operations
@@ -348,6 +350,7 @@ void Mesh::start(Operation* op) {
     op->sequence_ = kPointToPoint;
   } else {
     op->sequence_ = op->group->nextSequence();
+    begun_[op->group->id()] = op->sequence_ + 1;
   }
   op->deadline_ = Deadline::in(op->timeout);
   next_timeout_ = std::min(next_timeout_, op->deadline_);
@@ -356,6 +359,7 @@ void Mesh::start(Operation* op) {
   if (flight_ != nullptr) flight_->flight_previous_ = op;
   flight_ = op;
   ++op->group->num_in_flight;
+  if (isContradicted(*op)) return;  // it ends with the failure
   op->task_ = algorithmFor(*op);
   resume(op);
 }
@@ -427,6 +431,27 @@ bool Mesh::contradicts(const MessageKey& key, uint16_t signature) {
   for (Operation* op = flight_; op != nullptr; op = op->flight_next_)
     if (op->sequence_ == key.sequence && op->group->id() == key.group)
       return op->signature_ != signature;
+  // One that is over has had all its messages, unless it gave up alone.
+  const auto it = begun_.find(key.group);
+  return it != begun_.end() && key.sequence < it->second &&
+         !gave_up_.count({key.group, key.sequence});
+}
+
+// By what others have sent before it began.
+bool Mesh::isContradicted(Operation& op) {
+  if (isMessage(op)) return false;
+  for (int rank = 0; rank < op.size(); ++rank) {
+    if (rank == op.rank()) continue;
+    Peer* peer = op.group->peer(rank);
+    if (peer == nullptr) {
+      const auto it =
+          peers_.find(members_[op.group->globalRank(rank)].worker_id);
+      if (it == peers_.end()) continue;
+      peer = it->second.get();
+    }
+    if (peer->differs({op.group->id(), op.sequence_, 0}, op.signature_))
+      return true;
+  }
   return false;
 }
 
