@@ -8,6 +8,7 @@
 #include "ccl/algorithms.h"
 #include "ccl/mesh.h"
 #include "ccl/turn.h"
+#include "common/float_mode.h"
 
 namespace mnemosyne::ccl {
 namespace {
@@ -201,6 +202,7 @@ bool Mesh::armLinks() {
 
 // Does what can be done without waiting; true if there may be more.
 bool Mesh::turn() noexcept {
+  const DefaultFloatMode mode;
   try {
     return turnOnce();
   } catch (...) {
