@@ -323,6 +323,8 @@ c10::intrusive_ptr<BackendWork> MnemosyneBackend::make(
     std::chrono::milliseconds timeout) {
   auto work = c10::make_intrusive<BackendWork>(getRank(), type, title, inputs);
   work->kind = kind;
+  if (!inputs.empty() && inputs[0].defined())
+    work->type_name = c10::toString(inputs[0].scalar_type());
   work->group = group();
   work->timeout = timeout > Milliseconds(0) ? timeout : timeout_.load();
   return work;

@@ -99,9 +99,44 @@ py::list pending(Mesh& mesh) {
   }
   py::list list;
   for (const Mesh::Pending& each : all)
-    list.append(py::make_tuple(name(each.kind), each.group, each.sequence,
-                               each.num_bytes, each.age.count() / 1000.0,
-                               each.timeout.count() / 1000.0, each.waits_for));
+    list.append(py::make_tuple(
+        name(each.kind), each.group, each.sequence, each.num_bytes,
+        each.type_name,
+        std::chrono::duration<double>(Clock::now() - each.began).count(),
+        each.timeout.count() / 1000.0, each.waits_for));
+  return list;
+}
+
+const char* name(Outcome outcome) {
+  switch (outcome) {
+    case Outcome::kCompleted:
+      return "completed";
+    case Outcome::kFailed:
+      return "failed";
+    case Outcome::kAbsorbed:
+      return "absorbed";
+  }
+  return "unknown";
+}
+
+// Times as time.time() has them, so that those of several ranks compare.
+py::list finished(Mesh& mesh) {
+  std::vector<Finished> all;
+  {
+    const py::gil_scoped_release release;
+    all = mesh.finished();
+  }
+  const auto now = Clock::now();
+  const auto wall = std::chrono::system_clock::now().time_since_epoch();
+  const auto timeOf = [&](Clock::time_point at) {
+    return std::chrono::duration<double>(wall - (now - at)).count();
+  };
+  py::list list;
+  for (const Finished& each : all)
+    list.append(py::make_tuple(name(each.kind), each.group->name(),
+                               each.sequence, each.num_bytes, each.type_name,
+                               name(each.outcome), timeOf(each.began),
+                               timeOf(each.ended), each.error));
   return list;
 }
 
@@ -170,6 +205,7 @@ PYBIND11_MODULE(_C, m) {
       .def("lock_membership", &Mesh::lockMembership)
       .def("counters", &Mesh::counters)
       .def("pending", &pending)
+      .def("finished", &finished)
       .def("close", &Mesh::close, NoGil());
 
   py::class_<MnemosyneBackend, c10d::Backend,

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -52,7 +53,12 @@ void CallbackThreads::run(std::function<void()> callback) {
     return;
   }
   // All are busy, and may be so until this very callback has run.
-  addThread();
+  try {
+    addThread();
+  } catch (const std::system_error&) {
+    // No room for it: one of those that are there will come to the callback.
+    queue_->changed.notify_one();
+  }
 }
 
 void CallbackThreads::addThread() {

@@ -57,7 +57,7 @@ void Mesh::Waker::onEvents(uint32_t) { clearEvent(fd_.get()); }
 // Runs a function with the engine held; the caller waits for it.
 struct Mesh::Command final : Submission {
   explicit Command(std::function<void()> action) : task(std::move(action)) {}
-  void run(Mesh&) override { task(); }
+  void run(Mesh&) noexcept override { task(); }
 
   std::packaged_task<void()> task;
 };
@@ -189,19 +189,20 @@ std::map<std::string, int64_t> Mesh::counters() const {
 std::vector<Mesh::Pending> Mesh::pending() {
   std::vector<Pending> all;
   perform([&] {
-    const auto bytesOf = [](const std::vector<Buffer>& buffers) {
-      size_t total = 0;
-      for (const Buffer& buffer : buffers) total += buffer.size;
-      return total;
-    };
     for (Operation* op = flight_; op != nullptr; op = op->flight_next_) {
-      all.push_back(
-          {op, op->kind, op->group->name(), op->sequence_ & ~kPointToPoint,
-           std::max(bytesOf(op->inputs), bytesOf(op->outputs)),
-           op->deadline_.since(op->timeout), op->timeout, op->awaitedRanks()});
+      all.push_back({op, op->kind, op->group->name(), numberOf(op->sequence_),
+                     op->numBytes(), op->type_name,
+                     op->deadline_.begin(op->timeout), op->timeout,
+                     op->awaitedRanks()});
     }
   });
   std::reverse(all.begin(), all.end());
+  return all;
+}
+
+std::vector<Finished> Mesh::finished() {
+  std::vector<Finished> all;
+  perform([&] { all = history_.all(); });
   return all;
 }
 

@@ -24,6 +24,7 @@
 #include "ccl/callback_thread.h"
 #include "ccl/connector.h"
 #include "ccl/event_loop.h"
+#include "ccl/history.h"
 #include "ccl/operation.h"
 #include "ccl/peer.h"
 #include "ccl/setup_log.h"
@@ -132,12 +133,15 @@ class Mesh final : private Peer::Host, private Connector::Host {
     std::string group;
     uint64_t sequence;
     size_t num_bytes;
-    Milliseconds age;
+    const char* type_name;
+    Clock::time_point began;
     Milliseconds timeout;
     std::vector<int> waits_for;
   };
   // What is in flight now, oldest first.
   std::vector<Pending> pending();
+  // The last that were in flight, oldest first.
+  std::vector<Finished> finished();
 
   // Ends all operations and says farewell. Can be called again.
   void close();
@@ -185,9 +189,16 @@ class Mesh final : private Peer::Host, private Connector::Host {
   void checkDeadlines();
   void checkSilence();
 
-  void start(Operation* op);
+  void start(Operation* op) noexcept;
+  void tryToStart(Operation* op);
   void resume(Operation* op);
-  void finish(Operation* op, std::exception_ptr error, bool may_absorb = true);
+  void finish(Operation* op, std::exception_ptr error,
+              bool may_absorb = true) noexcept;
+  bool isInFlight(const Operation& op) const {
+    return op.flight_previous_ != nullptr || flight_ == &op;
+  }
+  void note(const Operation& op, const std::exception_ptr& error,
+            bool is_absorbed);
   void ready(Operation* op);
   void abortAll(const std::exception_ptr& error);
 
@@ -322,6 +333,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   bool absorbs_ = false;
   Deadline close_by_ = Deadline::never();
   Operation* flight_ = nullptr;
+  History history_;
   Deadline next_timeout_ = Deadline::never();
   Deadline ask_hosts_at_ = Deadline::never();  // if there is a link over TCP
   std::vector<Operation*> ready_;

@@ -48,7 +48,16 @@ std::string joined(const std::vector<int>& ranks) {
   return text;
 }
 
-void Operation::run(Mesh& mesh) { mesh.start(this); }
+void Operation::run(Mesh& mesh) noexcept { mesh.start(this); }
+
+size_t Operation::numBytes() const {
+  const auto total = [](const std::vector<Buffer>& buffers) {
+    size_t bytes = 0;
+    for (const Buffer& buffer : buffers) bytes += buffer.size;
+    return bytes;
+  };
+  return std::max(total(inputs), total(outputs));
+}
 
 void Operation::addPending(Transfer* transfer) {
   transfer->op_previous_ = nullptr;

@@ -52,8 +52,8 @@ class Submission {
 
  private:
   friend class Mesh;
-  // Called once, on the progress thread.
-  virtual void run(Mesh& mesh) = 0;
+  // Called once, on the progress thread. Those behind it rely on its return.
+  virtual void run(Mesh& mesh) noexcept = 0;
   Submission* next_ = nullptr;
 };
 
@@ -78,6 +78,7 @@ class Operation : public Submission {
   std::vector<Buffer> inputs;
   std::vector<Buffer> outputs;
   DataType type = DataType::kBytes;
+  const char* type_name = "";  // for people; lives as long as the program
   ReduceOp reduce_op = ReduceOp::kSum;
   int root = 0;  // rank within the group; the peer of a send or receive
   uint64_t tag = 0;
@@ -95,6 +96,7 @@ class Operation : public Submission {
   int rank() const { return group->rank(); }
   int size() const { return group->size(); }
   uint64_t sequence() const { return sequence_; }
+  size_t numBytes() const;
   uint16_t signature() const { return signature_; }
 
  protected:
@@ -110,7 +112,7 @@ class Operation : public Submission {
   friend class Transfer;
   friend class Turn;
 
-  void run(Mesh& mesh) override;
+  void run(Mesh& mesh) noexcept override;
   void addPending(Transfer* transfer);
   void removePending(Transfer* transfer);
   // The ranks whose messages, or whose readiness, it waits for.

@@ -311,7 +311,17 @@ void Mesh::timeOut(Operation* op) {
 
 // ---------------------------------------------------------------- operations
 
-void Mesh::start(Operation* op) {
+void Mesh::start(Operation* op) noexcept {
+  try {
+    tryToStart(op);
+  } catch (...) {
+    // Out of memory. The other ranks wait for messages that will not come.
+    latch(std::current_exception());
+    if (!isInFlight(*op)) finish(op, std::current_exception());
+  }
+}
+
+void Mesh::tryToStart(Operation* op) {
   op->mesh_ = this;
   ++counters_.operations;
   if (op->group->canAbsorb()) {
@@ -383,18 +393,15 @@ void Mesh::ready(Operation* op) {
 }
 
 // `may_absorb`: whether the error may be kept from the user at all.
-void Mesh::finish(Operation* op, std::exception_ptr error, bool may_absorb) {
+void Mesh::finish(Operation* op, std::exception_ptr error,
+                  bool may_absorb) noexcept {
   // While all that they point to is there still.
   while (op->pending_ != nullptr) op->pending_->withdraw();
   op->task_.reset();
   Operation* next = op->flight_next_;
   Operation* previous = op->flight_previous_;
-  if (previous != nullptr || flight_ == op) {
-    (previous ? previous->flight_next_ : flight_) = next;
-    Group& group = *op->group;
-    if (--group.num_in_flight == 0 && group.is_leaving)
-      closeGroup(group.id(), group.generation(), Closing::kLeft, rank_);
-  }
+  const bool was_in_flight = isInFlight(*op);
+  if (was_in_flight) (previous ? previous->flight_next_ : flight_) = next;
   if (next != nullptr) next->flight_previous_ = previous;
   if (op->is_ready_)
     std::replace(ready_.begin(), ready_.end(), op,
@@ -402,21 +409,46 @@ void Mesh::finish(Operation* op, std::exception_ptr error, bool may_absorb) {
 
   const bool is_absorbed =
       error && may_absorb && absorbs_ && op->group->canAbsorb();
-  if (is_absorbed) {
-    ++counters_.absorbed;
-    error = nullptr;
-    if (isPureOutput(*op)) zeroOutputs(*op);
-  } else if (!error && recording_ && op->record_ != SIZE_MAX) {
-    recording_->record(*op, op->record_);
-  }
-  if (!error && (!is_absorbed || isPureOutput(*op))) {
-    try {
-      op->unstage();
-    } catch (...) {
-      error = std::current_exception();
+  try {
+    if (was_in_flight) {
+      Group& group = *op->group;
+      if (--group.num_in_flight == 0 && group.is_leaving)
+        closeGroup(group.id(), group.generation(), Closing::kLeft, rank_);
+      note(*op, error, is_absorbed);
     }
+    if (is_absorbed) {
+      ++counters_.absorbed;
+      error = nullptr;
+      if (isPureOutput(*op)) zeroOutputs(*op);
+    } else if (!error && recording_ && op->record_ != SIZE_MAX) {
+      recording_->record(*op, op->record_);
+    }
+    if (!error && (!is_absorbed || isPureOutput(*op))) op->unstage();
+  } catch (...) {
+    error = std::current_exception();
   }
   op->complete(error, *callbacks_);
+}
+
+void Mesh::note(const Operation& op, const std::exception_ptr& error,
+                bool is_absorbed) {
+  Finished one;
+  one.group = op.group;
+  one.kind = op.kind;
+  one.type_name = op.type_name;
+  one.sequence = numberOf(op.sequence_);
+  one.num_bytes = op.numBytes();
+  one.began = op.deadline_.begin(op.timeout);
+  one.ended = Clock::now();
+  if (error) {
+    one.outcome = is_absorbed ? Outcome::kAbsorbed : Outcome::kFailed;
+    try {
+      std::rethrow_exception(error);
+    } catch (const std::exception& known) {
+      one.error = known.what();
+    }
+  }
+  history_.add(std::move(one));
 }
 
 void Mesh::abortAll(const std::exception_ptr& error) {

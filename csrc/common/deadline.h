@@ -28,11 +28,8 @@ class Deadline {
     return static_cast<int>(std::chrono::ceil<Milliseconds>(at_ - now).count());
   }
 
-  // Time since `before` this deadline; it was made by in(before).
-  Milliseconds since(Milliseconds before) const {
-    const auto began = at_ - before;
-    return std::chrono::duration_cast<Milliseconds>(Clock::now() - began);
-  }
+  // When it was made, by in(before).
+  Clock::time_point begin(Milliseconds before) const { return at_ - before; }
 
   bool operator<(const Deadline& other) const { return at_ < other.at_; }
 

@@ -29,6 +29,7 @@ class PendingOperation:
     group: str
     sequence: int
     num_bytes: int
+    dtype: str  # as c10 names it; of the first input, if there is one
     age_s: float
     timeout_s: float
     waits_for: tuple[int, ...]
@@ -39,6 +40,21 @@ class PendingOperation:
             f"{self.num_bytes} bytes: since {self.age_s:.3f} s of {self.timeout_s:g} "
             f"s, waits for ranks {list(self.waits_for)}"
         )
+
+
+@dataclass(frozen=True)
+class FinishedOperation:
+    """An operation that has ended; times are those of ``time.time()``."""
+
+    kind: str
+    group: str
+    sequence: int
+    num_bytes: int
+    dtype: str
+    outcome: str  # "completed", "failed", or "absorbed": failed and kept quiet
+    began_at: float
+    ended_at: float
+    error: str
 
 
 class Mesh:
@@ -170,12 +186,20 @@ class Mesh:
         """
         return [
             PendingOperation(
-                kind, group, number, num_bytes, age_s, time_s, tuple(ranks)
+                kind, group, number, num_bytes, dtype, age_s, time_s, tuple(ranks)
             )
-            for kind, group, number, num_bytes, age_s, time_s, ranks in (
+            for kind, group, number, num_bytes, dtype, age_s, time_s, ranks in (
                 self._native.pending()
             )
         ]
+
+    def finished(self) -> list[FinishedOperation]:
+        """Return the last operations that were in flight and ended, oldest first.
+
+        At most 256. The sequence numbers of a group's collectives are the same on
+        all ranks: the rank whose last is lower is the one that the others wait for.
+        """
+        return [FinishedOperation(*each) for each in self._native.finished()]
 
     def close(self) -> None:
         """End all operations and tell the peers that this is no failure."""
