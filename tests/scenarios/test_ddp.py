@@ -16,12 +16,16 @@ STEPS = 60
 Job = Callable[..., LocalCluster]
 
 
-@pytest.mark.timeout(120)
-def test_ddp_survives_kills_bit_for_bit(cluster: Job, tmp_path: Path) -> None:
-    def job_in(folder: Path, chaos: list[str]) -> LocalCluster:
+@pytest.mark.timeout(180)
+def test_ddp_survives_kills_and_an_abort_bit_for_bit(
+    cluster: Job, tmp_path: Path
+) -> None:
+    example = ROOT / "examples" / "ddp_cpu.py"
+
+    def job_in(folder: Path, chaos: list[str], script: Path = example) -> LocalCluster:
         return cluster(
             folder=folder,
-            script=ROOT / "examples" / "ddp_cpu.py",
+            script=script,
             script_args=[f"--steps={STEPS}", f"--loss-log={folder / 'losses.txt'}"],
             chaos=chaos,
         )
@@ -36,3 +40,14 @@ def test_ddp_survives_kills_bit_for_bit(cluster: Job, tmp_path: Path) -> None:
     assert_survivors_stayed(job, kills)
     assert_redone_at_most_once(job)
     job.check_nothing_is_left()
+
+    # A group that is aborted within a step: all redo it, and nobody is replaced.
+    aborts = Path(__file__).parent / "scripts" / "abort_at_step.py"
+    aborted = job_in(tmp_path / "aborted", [], aborts)
+    assert aborted.wait(60) == [0], aborted.output()
+    assert_same_training(aborted, healthy, {})
+    assert_survivors_stayed(aborted, {})
+    assert_redone_at_most_once(aborted)
+    redone = {(e.fields["rank"], e.fields["step"]) for e in aborted.events("redo")}
+    assert redone == {(rank, 12) for rank in range(4)}
+    aborted.check_nothing_is_left()
