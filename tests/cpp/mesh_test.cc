@@ -26,6 +26,36 @@ TEST(all_ranks_get_the_sum_whatever_the_size) {
   });
 }
 
+// Two ranks send the whole as one message, more of them in chunks.
+TEST(a_broadcast_arrives_whole_from_any_root_whatever_the_size) {
+  forBothTransports([](bool use_shm) {
+    for (int size : {2, 3}) {
+      World world(size, use_shm);
+      auto groups = world.groups();
+      for (size_t count : {0, 1, 4096, 4097, 65'536, 65'537, 700'001}) {
+        for (int root : {0, size - 1}) {
+          std::vector<int> values(count);
+          std::iota(values.begin(), values.end(), root);
+          std::vector<TestOperation::Ptr> ops;
+          for (int rank = 0; rank < size; ++rank) {
+            auto op = TestOperation::make(Kind::kBroadcast, groups[rank]);
+            op->type = DataType::kInt32;
+            op->root = root;
+            op->outputs = {
+                op->own(rank == root ? values : std::vector<int>(count, -1))};
+            op->submit(*world.meshes[rank], op);
+            ops.push_back(op);
+          }
+          for (auto& op : ops) {
+            op->wait();
+            EXPECT(op->data[0] == values);
+          }
+        }
+      }
+    }
+  });
+}
+
 TEST(there_is_one_link_per_pair_even_if_both_dial_at_once) {
   forBothTransports([](bool use_shm) {
     for (int round = 0; round < 10; ++round) {
