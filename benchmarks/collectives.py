@@ -3,8 +3,8 @@
 The same processes hold a group of each backend and time both in turn, in blocks of
 about 50 ms. A size is that of a rank's largest buffer: the input of all-reduce,
 reduce-scatter, broadcast, all-to-all and send, the output of all-gather. A time is the
-mean of a block on its slowest rank; the median over the blocks is shown. send is half
-of a ping-pong between rank 0 and rank 1.
+mean of a block on its slowest rank; the median over the blocks is shown. send is a
+whole ping-pong between rank 0 and rank 1, there and back.
 """
 
 import argparse
