@@ -5,13 +5,13 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster import POLL_S, LocalCluster
+from cluster import POLL_S, LocalCluster, lines
 from matrix.plan import PHASES, VICTIMS, WORLD_SIZE, Configuration, Kill, kills
-from verdict import assert_same_training, assert_survivors_stayed
+from verdict import assert_survivors_stayed
 
 TRAIN = Path(__file__).parent / "train.py"
 STALL_S = 60.0
@@ -71,14 +71,14 @@ class Runs:
         victim: str,
         phases: Sequence[str],
         healthy: LocalCluster,
-        num_failures: int = 0,
+        failures: Sequence[Result] = (),
     ) -> dict[str, Result]:
         """Run the phases together. If that goes wrong, run what may be good again."""
         if not phases:
             return {}
-        if num_failures >= MAX_FAILURES:
-            given_up = Result("FAILED", f"not judged: {num_failures} runs of it failed")
-            return dict.fromkeys(phases, given_up)
+        if len(failures) >= MAX_FAILURES:
+            text = f"not judged, {len(failures)} runs failed: {failures[-1].reason}"
+            return dict.fromkeys(phases, Result("FAILED", text))
         try:
             fired = self._run(configuration, victim, phases, healthy)
         except Broken as broken:
@@ -88,10 +88,8 @@ class Runs:
             results = dict.fromkeys(bad, broken.result)
             rest = [phase for phase in phases if phase not in bad]
             for part in [rest] if bad else [phases[:half], phases[half:]]:
-                num_failures += 1
-                results |= self._cells(
-                    configuration, victim, part, healthy, num_failures
-                )
+                failures = [*failures, broken.result]
+                results |= self._cells(configuration, victim, part, healthy, failures)
             return results
         never = Result("FAILED", "the job never came to this phase in this step")
         return {phase: OK if phase in fired else never for phase in phases}
@@ -130,7 +128,8 @@ class Runs:
                 step, what = difference
                 before = [kill.phase for kill in planned if kill.step <= step]
                 raise Broken(kept(job, Result("FAILED", what)), before[-1:])
-            assert_same_training(job, healthy, deaths)
+            assert_each_step_was_logged(job, healthy, deaths)
+            assert job.digests() == healthy.digests(), "the final states differ"
             assert_survivors_stayed(job, deaths)
             job.check_nothing_is_left()
         except AssertionError as error:
@@ -219,15 +218,42 @@ def has_fired(job: LocalCluster, kill: Kill) -> bool:
     return faults == Counter(kill.deaths)
 
 
+def logged(job: LocalCluster) -> list[tuple[int, int, str]]:
+    """Return (step, rank, what a step made) for each line, in order of steps."""
+    words = [line.split() for line in lines(job.loss_log)]
+    return sorted((int(step), int(rank), facts) for step, rank, facts in words)
+
+
 def first_difference(
     job: LocalCluster, healthy: LocalCluster
 ) -> tuple[int, str] | None:
     """Return the first step that differs, and what differs in it."""
-    got, want = job.losses(), healthy.losses()
-    for step, rank in sorted(got):
-        left, right = got[step, rank], want.get((step, rank), "")
-        if left != right:
-            parts = zip(left.split(","), right.split(","), strict=False)
-            names = [a.split(":")[0] for a, b in parts if a != b]
+    want = {(step, rank): facts for step, rank, facts in logged(healthy)}
+    for step, rank, facts in logged(job):
+        wanted = want.get((step, rank), "")
+        if facts != wanted:
+            parts = zip(facts.split(","), wanted.split(","), strict=False)
+            names = [got.split(":")[0] for got, good in parts if got != good]
             return step, f"step {step} rank {rank}: {', '.join(names)} differ"
     return None
+
+
+def assert_each_step_was_logged(
+    job: LocalCluster, healthy: LocalCluster, deaths: Mapping[int, int]
+) -> None:
+    """Only a worker that died took a line along, or has its last steps made again.
+
+    A newcomer begins at the newest state that is safe, which may be older than what
+    the dead worker had logged: by two steps at most.
+    """
+    got = Counter((step, rank) for step, rank, _ in logged(job))
+    for step, rank, _ in logged(healthy):
+        got[step, rank] -= 1
+    for (step, rank), extra in got.items():
+        assert not extra or rank in deaths, f"step {step} rank {rank}: {extra:+} lines"
+    for rank, num_deaths in deaths.items():
+        extras = [extra for (_, of), extra in got.items() if of == rank]
+        missing = sum(-extra for extra in extras if extra < 0)
+        repeated = sum(extra for extra in extras if extra > 0)
+        assert missing <= num_deaths, f"rank {rank}: {missing} steps not logged"
+        assert repeated <= 2 * num_deaths, f"rank {rank}: {repeated} steps logged twice"
