@@ -14,6 +14,11 @@ from matrix.plan import CONFIGURATIONS, DIAGONAL, PHASES, VICTIMS  # noqa: E402
 from matrix.runs import Runs  # noqa: E402
 from matrix.table import Table  # noqa: E402
 
+FP16 = (
+    "fp16: where the CPU has no instructions for it, DeepSpeed itself says `Type fp16 "
+    "is not supported on your device`; the script tells it that torch can compute it"
+)
+
 
 def main() -> int:
     args = parse_args()
@@ -36,6 +41,8 @@ def main() -> int:
     for config, victim in rows:
         results = runs.row(config, victim, args.phases)
         show(table.row(f"{config.name} {victim}", results))
+    if any(config.dtype == "fp16" for config, _ in rows):
+        show(FP16)
     show(f"{table.foot()}; {(time.monotonic() - begun) / 60:.1f} min")
     if table.counts["FAILED"]:
         print(f"the jobs that failed are kept in {folder}")
