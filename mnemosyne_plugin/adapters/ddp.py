@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mnemosyne_plugin import recovery
+from mnemosyne_plugin.data import positions
 from mnemosyne_plugin.errors import ConfigError, FatalError
 from mnemosyne_plugin.recovery.commit import Outcome
 from mnemosyne_plugin.recovery.manager import Manager
@@ -160,5 +161,5 @@ def attach(
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model.reducer = _FixedBuckets(model.reducer)  # type: ignore[assignment]
     state = _DdpState(model, optimizer, scheduler)
-    manager.attach(state, None)
+    manager.attach(state, positions())
     return Session(manager, state.buffers, optimizer)

@@ -534,7 +534,7 @@ class Manager:
         self._has_moved_between = local["has_moved_between"]
         if begin:
             self._begin_rng = pickle.loads(begin)
-        elif self._position is None and not self._has_moved_between:
+        elif not local["position"] and not self._has_moved_between:
             # The script draws nothing between its steps: what this one drew since
             # (it may seed after `attach`) belongs to its set-up.
             self._begin_rng = local["rng"]

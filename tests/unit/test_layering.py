@@ -17,6 +17,7 @@ LEVELS = (
     ("ccl", "proxy"),
     ("state",),
     ("recovery",),
+    ("data",),  # adapters have loaders of their own
     ("launch", "adapters"),
     ("autoload", "chaos"),
     ("cli",),  # starts chaos when the user asks for it

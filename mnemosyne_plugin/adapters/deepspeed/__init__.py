@@ -31,6 +31,7 @@ def hook(engine_module: Any) -> None:
         raise ConfigError(f"this DeepSpeed has no {name}; want 0.19.8 to 0.19.x")
     if "MNEMOSYNE_WORKER" in os.environ:
         _leave_out_shm_op()
+        _hook_loaders()
     initialize = engine_class.__init__
 
     @functools.wraps(initialize)
@@ -44,6 +45,12 @@ def hook(engine_module: Any) -> None:
             attach(engine)
 
     engine_class.__init__ = wrapper
+
+
+def _hook_loaders() -> None:
+    from mnemosyne_plugin.adapters.deepspeed.loader import hook_loaders
+
+    hook_loaders(importlib.import_module("deepspeed.runtime.dataloader"))
 
 
 def _leave_out_shm_op() -> None:
@@ -69,28 +76,29 @@ def attach(engine: Any) -> None:
     manager = _manager()
     # Imported here, so that a process that only imports deepspeed does not pay for it.
     from mnemosyne_plugin.adapters.deepspeed import hooks, pipe
-    from mnemosyne_plugin.adapters.deepspeed.loader import PositionedLoader
     from mnemosyne_plugin.adapters.deepspeed.state import EngineState, check_supported
     from mnemosyne_plugin.adapters.deepspeed.zero import STAGES, ZeroState
+    from mnemosyne_plugin.data import positions, resumable
 
     is_pipeline = engine.pipeline_parallelism
     (pipe if is_pipeline else hooks).check_targets(engine)
     check_supported(engine)
     is_zero = type(engine.optimizer).__name__ in STAGES
     state = ZeroState(engine) if is_zero else EngineState(engine)
-    position = None
     if engine.training_dataloader is not None:
-        position = PositionedLoader(engine.training_dataloader, manager)
-        engine.training_dataloader = position
+        engine.training_dataloader = resumable(engine.training_dataloader)
     if manager.rank == 0 and not manager.is_setting_up_alone:
-        print(_summary(manager.world_size, position is not None), flush=True)
+        print(_summary(manager.world_size, bool(positions())), flush=True)
     kind = pipe.PipelineHooks if is_pipeline else hooks.EngineHooks
     engine_hooks = kind(engine, state, manager)
     if isinstance(state, EngineState) and not is_pipeline:
-        manager.attach(state, position)
+        manager.attach(state, positions())
     else:
         manager.attach(
-            state.replicated(), position, shard=state, redo=engine_hooks.catch_up
+            state.replicated(),
+            positions(),
+            shard=state,
+            redo=engine_hooks.catch_up,
         )
     engine_hooks.install()
 
@@ -113,9 +121,9 @@ def _manager() -> "Manager":
 
 def _summary(world_size: int, has_loader: bool) -> str:
     data = (
-        "data position (loader of initialize)"
+        "data position (lines above)"
         if has_loader
-        else "NOT the data position (no training_data: start at engine.global_steps)"
+        else "NOT the data position (no training_data, no resumable loader so far)"
     )
     return (
         f"mnemosyne: {world_size} ranks protected against the death of workers: "

@@ -1,100 +1,75 @@
-"""DeepSpeed's training data loader, with a position that a newcomer can seek."""
+"""DeepSpeed's data loaders: their passes, and which of them have a position unasked."""
 
+import functools
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
-import torch
+from torch.utils.data import DataLoader
 
-from mnemosyne_plugin.recovery.manager import Manager
-from mnemosyne_plugin.state.rng import RngState, capture_rng, restore_rng
+from mnemosyne_plugin import recovery
+from mnemosyne_plugin.data import resumable
+from mnemosyne_plugin.data.loops import Resumable
+from mnemosyne_plugin.data.sources import TorchSource, source_of, workers
+from mnemosyne_plugin.errors import ConfigError
 
 
-class PositionedLoader:
-    """Stands in for the loader that ``deepspeed.initialize`` returns.
+def hook_loaders(module: Any) -> None:
+    """Let ``deepspeed.runtime.dataloader`` and us know each other's loaders.
 
-    The position is the number of batches handed out in the current pass over the data,
-    and the random state in which its first batch was asked for (a sampler draws its
-    order from it). Seeking skips samples at the sampler, so no data is read for it.
-    Random augmentation inside of loader worker processes is not part of it.
+    RepeatingLoader is for loops over steps, which start where the job is. In a worker
+    of `mnemosyne run` it gives a position to a bare DataLoader.
     """
+    source_of.register(module.DeepSpeedDataLoader, _DeepSpeedSource)
+    initialize = module.RepeatingLoader.__init__
 
-    def __init__(self, loader: Any, manager: Manager) -> None:
-        self._loader = loader
-        self._manager = manager
-        self._pass_rng: RngState | None = None
-        self._sampler_epoch: int | None = None
-        self._num_batches = 0
-        self._sought: tuple[Any, RngState] | None = None
+    @functools.wraps(initialize)
+    def wrapper(repeating: Any, loader: Any) -> None:
+        is_known = isinstance(loader, (DataLoader, module.DeepSpeedDataLoader))
+        is_ours = is_known and recovery.current() is not None
+        if is_ours or isinstance(loader, Resumable):
+            loader = resumable(loader, catch_up=False)
+        initialize(repeating, loader)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
+    module.RepeatingLoader.__init__ = wrapper
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Scripts set attributes of the loader, such as the number of its workers.
-        object.__setattr__(self if name.startswith("_") else self._loader, name, value)
 
-    def __len__(self) -> int:
-        return len(self._loader)
+class _DeepSpeedSource(TorchSource):
+    """Makes a torch DataLoader for each pass, as DeepSpeed's loader does."""
 
-    def __iter__(self) -> "PositionedLoader":
-        self._pass_rng = None
-        self._num_batches = 0
-        if self._sought is None:
-            iter(self._loader)
-            return self
-        position, rng = self._sought
-        self._sought = None
-        self._pass_rng, self._sampler_epoch, self._num_batches = position
-        sampler = self._loader.data_sampler
-        if self._sampler_epoch is not None:
-            sampler.set_epoch(self._sampler_epoch)
-        self._loader.data_sampler = _Resumed(
-            sampler, self._num_batches * self._loader.batch_size, self._pass_rng, rng
+    def __init__(self, loader: Any) -> None:
+        if loader.curriculum_learning_enabled:
+            raise ConfigError(
+                "mnemosyne cannot protect a loader with curriculum learning yet; set "
+                "mnemosyne.enabled to false to run unprotected"
+            )
+        super().__init__(loader)
+
+    @property
+    def description(self) -> str:
+        loader: Any = self.loader
+        return f"DeepSpeed's loader, {workers(loader.num_local_io_workers)}"
+
+    @property
+    def is_stream(self) -> bool:
+        return False  # it is an iterator, but one that `iter` starts anew
+
+    def _begin(self, cut: Any) -> Iterator[Any]:
+        loader: Any = self.loader
+        collate = {} if loader.collate_fn is None else {"collate_fn": loader.collate_fn}
+        loader.dataloader = DataLoader(
+            loader.dataset,
+            batch_size=loader.batch_size,
+            pin_memory=loader.pin_memory,
+            sampler=loader.data_sampler,
+            num_workers=loader.num_local_io_workers,
+            drop_last=loader.dataloader_drop_last,
+            **collate,
         )
-        try:
-            iter(self._loader)
-        finally:
-            self._loader.data_sampler = sampler
-        return self
+        source = TorchSource(loader.dataloader)
+        loader.data = source._begin(cut)
+        # By its own `next`, which starts its timer.
+        return iter(functools.partial(next, loader), object())
 
-    def __next__(self) -> Any:
-        self._manager.phase("data")
-        if self._pass_rng is None:
-            self._pass_rng = capture_rng()
-            self._sampler_epoch = getattr(self._loader.data_sampler, "epoch", None)
-        batch = next(self._loader)
-        self._num_batches += 1
-        return batch
-
-    def get(self) -> Any:
-        """Return the position behind the last batch handed out."""
-        return self._pass_rng, self._sampler_epoch, self._num_batches
-
-    def seek(self, position: Any, rng: RngState) -> None:
-        """Let the next pass begin behind ``position``, in random state ``rng``."""
-        if position[0] is not None:
-            self._sought = (position, rng)
-
-
-class _Resumed(torch.utils.data.Sampler[int]):
-    """A sampler's order in the random state of its pass, without the first samples."""
-
-    def __init__(
-        self, sampler: Any, num_skipped: int, pass_rng: Any, rng: RngState
-    ) -> None:
-        self._sampler = sampler
-        self._num_skipped = num_skipped
-        self._pass_rng = pass_rng
-        self._rng = rng
-
-    def __iter__(self) -> Iterator[int]:
-        restore_rng(self._pass_rng)
-        order = iter(self._sampler)
-        for _ in islice(order, self._num_skipped):
-            pass
-        restore_rng(self._rng)
-        yield from order
-
-    def __len__(self) -> int:
-        return len(self._sampler)
+    def _samplers(self) -> list[Any]:
+        loader: Any = self.loader
+        return [loader.data_sampler]
