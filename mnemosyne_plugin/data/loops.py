@@ -10,6 +10,7 @@ import hashlib
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from mnemosyne_plugin import recovery
@@ -108,19 +109,22 @@ class Resumable:
         self._sought = None
         rng = self._take_rng()
         self._take_rng = capture_rng
-        self._num_batches = 0
+        num_begun, self._num_batches = self._num_batches, 0
         if sought is None:
             restore_rng(rng)
             start = pickle.dumps((rng, self._source.mark()))
             self._place = Place(number, start, _seed_of(rng, number))
             return self._source.begin(self._place)
+        # What the set-up has read of a stream is not read again.
+        num_read = num_begun if self._source.is_stream else 0
         self._place = sought
         self._num_batches = sought.num_batches
         start_rng, mark = pickle.loads(sought.start)
         restore_rng(start_rng)
         self._source.rewind(mark)
         behind = functools.partial(restore_rng, rng)
-        return self._source.resume(sought, behind)
+        left = sought.num_batches - num_read
+        return self._source.resume(replace(sought, num_batches=left), behind)
 
 
 class _Pass:

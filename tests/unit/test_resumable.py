@@ -309,6 +309,29 @@ def test_a_batch_that_the_set_up_reads_is_no_batch_of_the_loop(
         assert_same(rest, whole, number + 1)
 
 
+def test_a_stream_that_the_set_up_has_read_from_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    where = Positions()
+    monkeypatch.setattr("mnemosyne_plugin.data.positions", lambda: where)
+
+    def script(seen: Seen, done: int, sought: Any) -> None:
+        batches = resumable(iter(range(12)))
+        assert [next(batches), next(batches)] == [0, 1]
+        if sought is not None:
+            where.seek(*sought)
+        for _ in range(done, 8):
+            seen.step(next(batches), where)
+
+    whole = Seen()
+    script(whole, 0, None)
+    mark = whole.marks[3]
+    where = Positions()
+    rest = Seen()
+    script(rest, 4, mark)
+    assert rest.batches == whole.batches[4:] == [6, 7, 8, 9]
+
+
 def test_a_position_is_a_snapshot_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = run(shuffled(), over_epochs, monkeypatch)
     numbers = [(place[0][0], place[0][3]) for place, _ in seen.marks]
