@@ -58,6 +58,8 @@ class Resumable:
 
     def __next__(self) -> Any:
         """Return the next batch of the newest pass, for loaders read by ``next``."""
+        if self._sought is not None:
+            self.catches_up = False  # no loop over epochs does that
         return next(self._kept or iter(self))
 
     @property

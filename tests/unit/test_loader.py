@@ -112,6 +112,31 @@ def test_a_loop_over_epochs_catches_up_with_worker_processes(
         assert torch.equal(batch, want)
 
 
+def test_next_of_the_loader_itself_starts_in_the_pass_of_the_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(sought: Any) -> list[tuple[torch.Tensor, Any]]:
+        where, seen = Positions(), []
+        monkeypatch.setattr("mnemosyne_plugin.data.positions", lambda: where)
+        torch.manual_seed(5)
+        batches = resumable(loader(True))
+        if sought is not None:
+            where.seek(*sought)
+        while len(seen) < 9:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                iter(batches)
+                continue
+            seen.append((batch, (where.get(), capture_rng())))
+        return seen
+
+    whole = run(None)
+    rest = run(whole[6][1])  # in the third pass
+    assert torch.equal(rest[0][0], whole[7][0])
+    assert torch.equal(rest[1][0], whole[8][0])
+
+
 def test_curriculum_learning_is_refused() -> None:
     bare = loader(False)
     bare.curriculum_learning_enabled = True
