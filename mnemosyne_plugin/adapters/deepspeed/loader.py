@@ -21,6 +21,8 @@ def hook_loaders(module: Any) -> None:
     """
     source_of.register(module.DeepSpeedDataLoader, _DeepSpeedSource)
     initialize = module.RepeatingLoader.__init__
+    if hasattr(initialize, "__wrapped__"):
+        return  # done already: each kind of engine has its hook
 
     @functools.wraps(initialize)
     def wrapper(repeating: Any, loader: Any) -> None:
