@@ -85,7 +85,8 @@ def attach(engine: Any) -> None:
     check_supported(engine)
     is_zero = type(engine.optimizer).__name__ in STAGES
     state = ZeroState(engine) if is_zero else EngineState(engine)
-    if engine.training_dataloader is not None:
+    # A pipeline engine's is in a RepeatingLoader, which has wrapped it.
+    if engine.training_dataloader is not None and not is_pipeline:
         engine.training_dataloader = resumable(engine.training_dataloader)
     if manager.rank == 0 and not manager.is_setting_up_alone:
         print(_summary(manager.world_size, bool(positions())), flush=True)

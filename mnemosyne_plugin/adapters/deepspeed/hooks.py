@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from mnemosyne_plugin.adapters.deepspeed.state import EngineState
+from mnemosyne_plugin.adapters.deepspeed.state import EngineState, reset_timers
 from mnemosyne_plugin.adapters.deepspeed.zero import ZeroState
 from mnemosyne_plugin.ccl.intercept import num_collectives
 from mnemosyne_plugin.errors import ConfigError, FatalError, StateMismatch
@@ -228,7 +228,9 @@ class EngineHooks:
         The step under way is made again as far as it had come.
         """
         rng, micro_steps = capture_rng(), self._engine.micro_steps
+        step_timers = self._engine.engine_timers.step_timers  # of engine.step() itself
         while True:
+            reset_timers(self._engine, step_timers)
             self._state.reset()
             self._manager.recover()
             try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mnemosyne_plugin.adapters.deepspeed.hooks import Redo, check_methods
-from mnemosyne_plugin.adapters.deepspeed.state import EngineState
+from mnemosyne_plugin.adapters.deepspeed.state import EngineState, reset_timers
 from mnemosyne_plugin.adapters.deepspeed.zero import ZeroState
 from mnemosyne_plugin.errors import ConfigError
 from mnemosyne_plugin.recovery.commit import Outcome
@@ -177,6 +177,7 @@ class PipelineHooks:
         for buffers in engine.pipe_buffers.values():
             buffers[:] = [None] * len(buffers)
         engine._force_grad_boundary = False
+        reset_timers(engine)
         self._state.reset()
 
     def _commit(self, *_: Any) -> None:

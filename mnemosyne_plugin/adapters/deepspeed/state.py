@@ -1,6 +1,6 @@
 """The state of a DeepSpeed engine with ZeRO stage 0, and what every engine counts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -174,6 +174,13 @@ class Frozen:
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
         pass
+
+
+def reset_timers(engine: Any, running: Collection[str] = ()) -> None:
+    """Stop the timers that an unwound step has left running; leave those named."""
+    for name, timer in engine.timers.get_timers().items():
+        if name not in running:
+            timer.reset()
 
 
 def torch_optimizer(engine: Any) -> Any:

@@ -84,6 +84,7 @@ class _Stage3:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._module = importlib.import_module(_ZERO + "parameter_offload")
+        self._names: list[tuple[str, str]] = []
 
     def masters(self) -> list[torch.Tensor]:
         masters: list[torch.Tensor] = self._optimizer.fp32_partitioned_groups_flat
@@ -95,6 +96,7 @@ class _Stage3:
         optimizer.parameter_offload.release_backward_leftovers()
         coordinator = optimizer.parameter_offload.get_param_coordinator()
         coordinator.hierarchy = 0
+        self.register(self._names)
         # A newcomer has no trace of the order in which modules run, so it gathers
         # parameters one by one. All have to, until all have recorded it again.
         if not coordinator.is_invalid_trace():
@@ -113,6 +115,38 @@ class _Stage3:
         else:
             _drop_gradients(self.masters())
         _leave_backward(optimizer)
+
+    def registered(self) -> list[tuple[str, str]]:
+        """Return (module, parameter) for all that modules use of other modules.
+
+        DeepSpeed learns that in the first forward, which a newcomer has not made; what
+        is gathered, and in which order, depends on it.
+        """
+        model = self._optimizer.parameter_offload.module
+        names = {id(p): name for name, p in model.named_parameters()}
+        self._names = [
+            (name, names[key])
+            for name, module in model.named_modules()
+            for key in getattr(module, "_external_params", {})
+        ]
+        return self._names
+
+    def register(self, names: list[tuple[str, str]]) -> None:
+        """Know of just these."""
+        self._names = names
+        model = self._optimizer.parameter_offload.module
+        modules, parameters = (
+            dict(model.named_modules()),
+            dict(model.named_parameters()),
+        )
+        for module in modules.values():
+            if hasattr(module, "_external_params"):
+                module._external_params = {}
+        register = importlib.import_module(
+            _ZERO + "partition_parameters"
+        ).register_external_parameter
+        for owner, name in names:
+            register(modules[owner], parameters[name])
 
     def rebuild(self) -> None:
         optimizer = self._optimizer
@@ -236,7 +270,9 @@ class ZeroState:
         return tensors
 
     def scalars(self) -> dict[str, Any]:
+        stage = self.stage
         return {
+            "registered": stage.registered() if isinstance(stage, _Stage3) else [],
             "engine": self.engine_scalars.at_begin(),
             "groups": [
                 {key: value for key, value in group.items() if key != "params"}
@@ -253,6 +289,8 @@ class ZeroState:
             raise StateMismatch("another number of parameter groups", key="optimizer")
         self.buffers.end()  # they are tensors of the shard, and in place by now
         self.engine_scalars.load(scalars["engine"])
+        if isinstance(self.stage, _Stage3):
+            self.stage.register(scalars["registered"])
         for group, values in zip(self._groups, scalars["groups"], strict=True):
             group.update(values)
         for master, state in zip(self.stage.masters(), scalars["state"], strict=True):
