@@ -17,7 +17,8 @@ def hook_loaders(module: Any) -> None:
     """Let ``deepspeed.runtime.dataloader`` and us know each other's loaders.
 
     RepeatingLoader is for loops over steps, which start where the job is. In a worker
-    of `mnemosyne run` it gives a position to a bare DataLoader.
+    of `mnemosyne run` it gives a position to a loader that DeepSpeed has made. Not to
+    one of the script: a script that resumes by itself reads that up to where it was.
     """
     source_of.register(module.DeepSpeedDataLoader, _DeepSpeedSource)
     initialize = module.RepeatingLoader.__init__
@@ -26,7 +27,7 @@ def hook_loaders(module: Any) -> None:
 
     @functools.wraps(initialize)
     def wrapper(repeating: Any, loader: Any) -> None:
-        is_known = isinstance(loader, (DataLoader, module.DeepSpeedDataLoader))
+        is_known = isinstance(loader, module.DeepSpeedDataLoader)
         is_ours = is_known and recovery.current() is not None
         if is_ours or isinstance(loader, Resumable):
             loader = resumable(loader, catch_up=False)

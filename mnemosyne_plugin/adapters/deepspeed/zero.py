@@ -220,11 +220,12 @@ class ZeroState:
         for name, parameter in engine.module.named_parameters():
             if id(parameter) in optimized:
                 continue
-            shard = getattr(parameter, "ds_tensor", None)
-            if shard is None:
-                self._frozen[f"parameter/{name}"] = parameter.data
+            mine = getattr(parameter, "ds_tensor", parameter)
+            # Ranks of another stage of a pipeline have other parameters.
+            if mine is not parameter or engine.pipeline_parallelism:
+                self._frozen_shards[f"frozen/{name}"] = mine.data
             else:
-                self._frozen_shards[f"frozen/{name}"] = shard.data
+                self._frozen[f"parameter/{name}"] = parameter.data
 
     # --- TrainingState: what every rank has --------------------------------------
 

@@ -75,6 +75,7 @@ def main(loop, folder):
     elif loop == "steps of a RepeatingLoader":
         engine = initialize()
         loader = DataLoader(Noisy(), batch_size=BATCH, shuffle=True, num_workers=1)
+        loader = mnemosyne_plugin.data.resumable(loader)
         batches = iter(RepeatingLoader(loader))
         for _ in range(engine.global_steps, NUM_EPOCHS * NUM_SAMPLES // BATCH):
             train(engine, next(batches))
