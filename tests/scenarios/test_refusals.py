@@ -27,7 +27,7 @@ def config_with(folder: Path, **changes: Any) -> str:
     [
         ({"mnemosyne": {"enabled": True, "no_such_key": 1}}, "no_such_key"),
         ({"mnemosyne": {"enabled": "yes"}}, "enabled"),
-        ({"zero_optimization": {"stage": 2}}, "zero"),
+        ({"managed_gradient_accumulation": False}, "accumulation"),
     ],
 )
 def test_a_config_that_we_cannot_serve_ends_the_job_at_its_start(
