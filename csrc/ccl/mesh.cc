@@ -2,6 +2,7 @@
 // it. How operations run is in progress.cc.
 #include "ccl/mesh.h"
 
+#include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -52,6 +53,10 @@ void clearEvent(int fd) {
 
 Mesh::Waker::Waker() : fd_(makeEventFd()) {}
 void Mesh::Waker::wake() { setEvent(fd_.get()); }
+void Mesh::Waker::wait(Deadline deadline) {
+  pollfd entry{fd_.get(), POLLIN, 0};
+  if (::poll(&entry, 1, deadline.remainingMs()) > 0) clearEvent(fd_.get());
+}
 void Mesh::Waker::onEvents(uint32_t) { clearEvent(fd_.get()); }
 
 // Runs a function with the engine held; the caller waits for it.

@@ -155,6 +155,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
    public:
     Waker();
     void wake();
+    void wait(Deadline deadline);  // for nothing else
     void onEvents(uint32_t events) override;
     int fd() const { return fd_.get(); }
 
@@ -181,6 +182,8 @@ class Mesh final : private Peer::Host, private Connector::Host {
   void breakDown(std::exception_ptr error);
   void letGo();
   bool lookAtLinks();
+  bool hasSockets() const;
+  void leaveSockets();
   bool armLinks();
   Deadline nextDeadline() const;
   bool runSubmissions();
@@ -309,6 +312,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   bool is_sleeping_ = false;  // the progress thread, until:
   Deadline sleeps_until_ = Deadline::never();
   bool is_armed_ = false;  // it sleeps until a bell rings
+  bool is_deaf_ = false;   // it leaves sockets to a helper
   Clock::time_point helped_at_{};
   bool is_broken_down_ = false;
   EventLoop loop_;

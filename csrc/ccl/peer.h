@@ -111,6 +111,7 @@ class Peer final : public EventSink {
   bool hasOutput() const;
   // As Link: for the peers of the mesh that nobody listens to.
   bool isSilent() const { return link_ && link_->isSilent(); }
+  bool isSocket() const { return link_ && !link_->isSilent(); }
   bool hasNews() const {
     return link_ && !isAhead() && link_->hasNews(hasOutput());
   }

@@ -96,8 +96,10 @@ void Mesh::loop() {
 void Mesh::sleep(std::unique_lock<std::mutex>& engine) {
   sleeps_until_ = nextDeadline();
   is_armed_ = num_helpers_ == 0 && Clock::now() - helped_at_ >= kHelpersPause;
+  is_deaf_ = false;
   if (!is_armed_) {
     sleeps_until_ = std::min(sleeps_until_, Deadline::in(kHelpersPause));
+    is_deaf_ = hasSockets() && (num_helpers_ > 0 || flight_ == nullptr);
   } else if (!armLinks()) {
     return loop_.poll();
   }
@@ -106,10 +108,11 @@ void Mesh::sleep(std::unique_lock<std::mutex>& engine) {
   engine.unlock();
   try {
     // Who submitted while we had the engine relies on us.
-    if (!hasSubmissions()) loop_.wait(sleeps_until_);
+    if (!hasSubmissions())
+      is_deaf_ ? waker_.wait(sleeps_until_) : loop_.wait(sleeps_until_);
     engine.lock();
     is_sleeping_ = false;
-    loop_.tell();
+    is_deaf_ ? loop_.poll() : loop_.tell();
   } catch (...) {
     if (!engine.owns_lock()) engine.lock();
     breakDown(std::current_exception());
@@ -147,7 +150,7 @@ void Mesh::help(const std::atomic<bool>& is_over) {
     bool moved = false;
     if (std::unique_lock<std::mutex> engine(engine_mu_, std::try_to_lock);
         engine) {
-      gives_up = !lookAtLinks();  // sockets wake the progress thread
+      gives_up = !lookAtLinks();
       while (!gives_up && !is_over.load(std::memory_order_relaxed) && turn())
         moved = true;
       const auto now = Clock::now();
@@ -157,20 +160,43 @@ void Mesh::help(const std::atomic<bool>& is_over) {
         gives_up = true;
       }
       helped_at_ = gives_up ? Clock::time_point{} : now;
+      if (moved) leaveSockets();
       letGo();
     }
     drive();
     if (!moved && !gives_up) ::sched_yield();
   }
-  --num_helpers_;
+  if (--num_helpers_ > 0) return;
+  // What else is in flight is the progress thread's now.
+  std::unique_lock<std::mutex> engine(engine_mu_, std::try_to_lock);
+  if (!engine || !is_sleeping_ || !is_deaf_) return;
+  if (flight_ == nullptr && !gives_up) return;
+  is_sleeping_ = false;
+  waker_.wake();
+}
+
+// A helper that finds news at sockets takes them over: each piece of news would
+// wake the progress thread, too, which costs the sender of it more than a read.
+void Mesh::leaveSockets() {
+  if (!is_sleeping_ || is_deaf_ || !hasSockets()) return;
+  is_sleeping_ = false;
+  waker_.wake();
+}
+
+bool Mesh::hasSockets() const {
+  return std::any_of(peers_.begin(), peers_.end(), [](const auto& entry) {
+    return entry.second->isSocket();
+  });
 }
 
 // Before a thread that is not the progress thread lets go of the engine: the
 // progress thread takes over what it does not know of.
 void Mesh::letGo() {
   if (!is_sleeping_) return;
-  const bool is_left = hasWork() || is_broken_down_ || loop_.hasBuried() ||
-                       close_by_ < Deadline::never();
+  // Nobody else hears the sockets that what is in flight now needs.
+  const bool is_unheard = is_deaf_ && num_helpers_ == 0 && flight_ != nullptr;
+  const bool is_left = hasWork() || is_unheard || is_broken_down_ ||
+                       loop_.hasBuried() || close_by_ < Deadline::never();
   // It has asked for bells for what it knew of: not for room where we have
   // filled a link, and not from peers that were ahead.
   if (is_left || nextDeadline() < sleeps_until_ || (is_armed_ && !armLinks())) {
@@ -181,12 +207,15 @@ void Mesh::letGo() {
 
 // False if there are no links that must be looked at.
 bool Mesh::lookAtLinks() {
-  bool is_of_use = false;
+  bool has_silent = false;
+  bool has_sockets = false;
   for (auto& [id, peer] : peers_) {
-    is_of_use |= peer->isSilent();
+    has_silent |= peer->isSilent();
+    has_sockets |= peer->isSocket();
     if (peer->hasNews()) onWork(*peer);
   }
-  return is_of_use;
+  if (has_sockets) loop_.poll();
+  return has_silent || has_sockets;
 }
 
 // False if there is something to do already.
