@@ -6,6 +6,8 @@ from typing import Any
 
 from mnemosyne_plugin.errors import ConfigError
 
+REDUNDANCIES = ("auto", "replica", "buddy", "none")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
@@ -13,6 +15,17 @@ class Config:
 
     enabled: bool = True
     """False leaves the trainer untouched: no hooks, no protection."""
+    redundancy: str = "auto"
+    """What a lost worker's state comes back from.
+
+    replica: ranks with the same state. buddy: snapshots in another rank's memory.
+    auto: replicas where all state has some, else buddies. none: nothing is kept, the
+    trainer is left untouched, and a death ends the job.
+    """
+    buddies: int = 1
+    """How many other ranks keep a snapshot of each."""
+    snapshot_every: int = 1
+    """Steps from one snapshot to the next; up to twice as many are made again."""
 
     @classmethod
     def from_section(cls, section: object) -> "Config":
@@ -28,12 +41,17 @@ class Config:
                 raise ConfigError(
                     f"ds_config: unknown key mnemosyne.{key}; known: {sorted(known)}"
                 )
-            _check_type(key, value, known[key])
+            _check(key, value, known[key])
         return cls(**section)
 
 
-def _check_type(key: str, value: Any, want: Any) -> None:
+def _check(key: str, value: Any, want: Any) -> None:
     if want is bool and not isinstance(value, bool):
-        raise ConfigError(
-            f"ds_config: mnemosyne.{key} must be true or false, got {value!r}"
-        )
+        expected = "true or false"
+    elif want is int and (type(value) is not int or value < 1):
+        expected = "a whole number, 1 or more"
+    elif key == "redundancy" and value not in REDUNDANCIES:
+        expected = f"one of {', '.join(REDUNDANCIES)}"
+    else:
+        return
+    raise ConfigError(f"ds_config: mnemosyne.{key} must be {expected}, got {value!r}")

@@ -112,8 +112,9 @@ class Manager:
         self._begin_rng: RngState | None = None
         self._has_moved_between = False
         self._is_first_step = self._is_newcomer
-        self._nodes = [member.agent for member in seat.membership.members]
-        ring = (self.rank, self._nodes, _NUM_BUDDIES)
+        self.nodes = [member.agent for member in seat.membership.members]
+        """The node that each rank is on."""
+        ring = (self.rank, self.nodes, _NUM_BUDDIES)
         self._mirrors = Mirrors(buddies(*ring), wards(*ring))
         self._shard: Shard | None = None
         self._redo: Callable[[], None] | None = None
@@ -168,7 +169,9 @@ class Manager:
         self._shard = shard
         self._redo = redo
         if shard is not None:
-            ring = (self.rank, self._nodes, num_buddies)
+            ring = (self.rank, self.nodes, num_buddies)
+            if num_buddies > _NUM_BUDDIES:  # else fewer deaths lose the random state
+                self._mirrors = Mirrors(buddies(*ring), wards(*ring))
             self._snapshots = Snapshots(buddies(*ring), wards(*ring), snapshot_every)
             self._mirrors.num_kept = 2 * snapshot_every + 1
         if shard is None or self._is_newcomer:

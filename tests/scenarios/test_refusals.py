@@ -28,6 +28,14 @@ def config_with(folder: Path, **changes: Any) -> str:
         ({"mnemosyne": {"enabled": True, "no_such_key": 1}}, "no_such_key"),
         ({"mnemosyne": {"enabled": "yes"}}, "enabled"),
         ({"managed_gradient_accumulation": False}, "accumulation"),
+        ({"mnemosyne": {"redundancy": "buddy", "buddies": 2}}, "mnemosyne.buddies"),
+        (
+            {
+                "mnemosyne": {"redundancy": "replica"},
+                "zero_optimization": {"stage": 2},
+            },
+            "mnemosyne.redundancy",
+        ),
     ],
 )
 def test_a_config_that_we_cannot_serve_ends_the_job_at_its_start(

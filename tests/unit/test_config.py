@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from mnemosyne_plugin.adapters.deepspeed.redundancy import Redundancy
 from mnemosyne_plugin.chaos import Fault, parse
 from mnemosyne_plugin.config import Config
 from mnemosyne_plugin.errors import ConfigError
@@ -21,6 +22,16 @@ def test_a_section_may_be_empty_or_switch_us_off() -> None:
         ({"enable": True}, "mnemosyne.enable"),
         ({"enabled": "yes"}, "mnemosyne.enabled"),
         ({"enabled": 1}, "mnemosyne.enabled"),
+        ({"redundancy": "mirror"}, "mnemosyne.redundancy"),
+        ({"redundancy": True}, "mnemosyne.redundancy"),
+        ({"redundancy": ["buddy"]}, "mnemosyne.redundancy"),
+        ({"buddies": 0}, "mnemosyne.buddies"),
+        ({"buddies": -1}, "mnemosyne.buddies"),
+        ({"buddies": True}, "mnemosyne.buddies"),
+        ({"buddies": 1.0}, "mnemosyne.buddies"),
+        ({"snapshot_every": 0}, "mnemosyne.snapshot_every"),
+        ({"snapshot_every": False}, "mnemosyne.snapshot_every"),
+        ({"snapshot_every": "3"}, "mnemosyne.snapshot_every"),
         ([], "mnemosyne"),
         (True, "mnemosyne"),
     ],
@@ -28,6 +39,54 @@ def test_a_section_may_be_empty_or_switch_us_off() -> None:
 def test_a_wrong_section_is_named(section: object, field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         Config.from_section(section)
+
+
+@pytest.mark.parametrize(
+    ("word", "is_sharded", "kind"),
+    [
+        ("auto", False, "replica"),
+        ("auto", True, "buddy"),
+        ("replica", False, "replica"),
+        ("buddy", False, "buddy"),
+        ("buddy", True, "buddy"),
+        ("none", True, "none"),
+    ],
+)
+def test_redundancy_follows_from_the_word_and_the_state(
+    word: str, is_sharded: bool, kind: str
+) -> None:
+    config = Config.from_section({"redundancy": word})
+    assert Redundancy.of(config, is_sharded, [0, 0]).kind == kind
+
+
+def test_replicas_of_sharded_state_are_refused_with_the_reason() -> None:
+    config = Config(redundancy="replica")
+    with pytest.raises(ConfigError, match=r"redundancy.*no other rank has"):
+        Redundancy.of(config, True, [0, 0])
+
+
+def test_a_rank_cannot_have_more_buddies_than_there_are_others() -> None:
+    assert Redundancy.of(Config(buddies=3), True, [0] * 4).num_buddies == 3
+    with pytest.raises(ConfigError, match=r"mnemosyne.buddies is 4.* only 3 others"):
+        Redundancy.of(Config(buddies=4), True, [0] * 4)
+
+
+@pytest.mark.parametrize(
+    ("section", "is_sharded", "nodes", "words"),
+    [
+        ({}, False, [0, 0, 1, 1], "(replicas)"),
+        ({}, True, [0, 0, 1, 1], "snapshots each step, here and with a buddy on ano"),
+        ({}, True, [0, 0, 0, 1], "a buddy on the same node: its loss loses both"),
+        ({"buddies": 2, "snapshot_every": 3}, True, [0] * 4, "each 3 steps, here and "),
+        ({"buddies": 2}, True, [0] * 4, "2 buddies on the same node: its loss loses"),
+        ({"redundancy": "none"}, True, [0, 0], "NOT protected"),
+    ],
+)
+def test_the_start_line_says_what_protects(
+    section: dict[str, object], is_sharded: bool, nodes: list[int], words: str
+) -> None:
+    redundancy = Redundancy.of(Config.from_section(section), is_sharded, nodes)
+    assert words in redundancy.start_line(has_loader=True)
 
 
 def test_a_chaos_spec_is_parsed() -> None:

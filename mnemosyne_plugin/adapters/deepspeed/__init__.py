@@ -74,8 +74,10 @@ def attach(engine: Any) -> None:
     protected yet.
     """
     manager = _manager()
+    config = Config.from_section((engine.config or {}).get("mnemosyne", {}))
     # Imported here, so that a process that only imports deepspeed does not pay for it.
     from mnemosyne_plugin.adapters.deepspeed import hooks, pipe
+    from mnemosyne_plugin.adapters.deepspeed.redundancy import Redundancy
     from mnemosyne_plugin.adapters.deepspeed.state import EngineState, check_supported
     from mnemosyne_plugin.adapters.deepspeed.zero import STAGES, ZeroState
     from mnemosyne_plugin.data import positions, resumable
@@ -84,15 +86,22 @@ def attach(engine: Any) -> None:
     (pipe if is_pipeline else hooks).check_targets(engine)
     check_supported(engine)
     is_zero = type(engine.optimizer).__name__ in STAGES
+    redundancy = Redundancy.of(config, is_zero or is_pipeline, manager.nodes)
+    is_to_speak = manager.rank == 0 and not manager.is_setting_up_alone
+    if redundancy.kind == "none":
+        if is_to_speak:
+            print(redundancy.start_line(has_loader=False), flush=True)
+        return
     state = ZeroState(engine) if is_zero else EngineState(engine)
     # A pipeline engine's is in a RepeatingLoader, which has wrapped it.
     if engine.training_dataloader is not None and not is_pipeline:
         engine.training_dataloader = resumable(engine.training_dataloader)
-    if manager.rank == 0 and not manager.is_setting_up_alone:
-        print(_summary(manager.world_size, bool(positions())), flush=True)
+    if is_to_speak:
+        print(redundancy.start_line(has_loader=bool(positions())), flush=True)
     kind = pipe.PipelineHooks if is_pipeline else hooks.EngineHooks
     engine_hooks = kind(engine, state, manager)
-    if isinstance(state, EngineState) and not is_pipeline:
+    if redundancy.kind == "replica":
+        assert isinstance(state, EngineState)
         manager.attach(state, positions())
     else:
         manager.attach(
@@ -100,6 +109,8 @@ def attach(engine: Any) -> None:
             positions(),
             shard=state,
             redo=engine_hooks.catch_up,
+            num_buddies=config.buddies,
+            snapshot_every=config.snapshot_every,
         )
     engine_hooks.install()
 
@@ -118,16 +129,3 @@ def _manager() -> "Manager":
             "nothing to recover; use `mnemosyne run`, or set mnemosyne.enabled to false"
         )
     return manager
-
-
-def _summary(world_size: int, has_loader: bool) -> str:
-    data = (
-        "data position (lines above)"
-        if has_loader
-        else "NOT the data position (no training_data, no resumable loader so far)"
-    )
-    return (
-        f"mnemosyne: {world_size} ranks protected against the death of workers: "
-        f"parameters, optimizer, LR scheduler (replicas), RNG and {data}; "
-        "not yet: hangs, loss of a node, collectives outside of the training step"
-    )

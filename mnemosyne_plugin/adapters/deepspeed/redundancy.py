@@ -1,0 +1,91 @@
+"""What a lost worker's state comes back from: chosen, checked and told to the user."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mnemosyne_plugin.config import Config
+from mnemosyne_plugin.errors import ConfigError
+from mnemosyne_plugin.recovery.commit import buddies
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Redundancy:
+    """The choice for one engine."""
+
+    kind: str
+    """replica, buddy or none."""
+    nodes: Sequence[int]
+    """The node that each rank is on."""
+    num_buddies: int = 0
+    snapshot_every: int = 1
+
+    @classmethod
+    def of(cls, config: Config, is_sharded: bool, nodes: Sequence[int]) -> "Redundancy":
+        """Choose what ``config`` asks for; ConfigError if it cannot be had.
+
+        is_sharded: some state is on one rank only.
+        """
+        kind = config.redundancy
+        if kind == "auto":
+            kind = "buddy" if is_sharded else "replica"
+        if kind == "replica" and is_sharded:
+            raise ConfigError(
+                "ds_config: mnemosyne.redundancy is 'replica', but with ZeRO 1-3 or a "
+                "pipeline each rank holds state that no other rank has; use 'buddy' or "
+                "'auto'"
+            )
+        if kind != "buddy":
+            return cls(kind=kind, nodes=nodes)
+        if config.buddies >= len(nodes):
+            raise ConfigError(
+                f"ds_config: mnemosyne.buddies is {config.buddies}, but a rank of this "
+                f"job has only {len(nodes) - 1} others"
+            )
+        return cls(
+            kind=kind,
+            nodes=nodes,
+            num_buddies=config.buddies,
+            snapshot_every=config.snapshot_every,
+        )
+
+    @property
+    def outlives_a_node(self) -> bool:
+        """Whether each rank has a buddy on another node."""
+        nodes = self.nodes
+        return all(
+            any(nodes[b] != node for b in buddies(rank, nodes, self.num_buddies))
+            for rank, node in enumerate(nodes)
+        )
+
+    def start_line(self, *, has_loader: bool) -> str:
+        """Say at the start what is protected, and by what."""
+        if self.kind == "none":
+            return (
+                "mnemosyne: NOT protected: mnemosyne.redundancy is 'none', so nothing "
+                "is kept and the death of a worker ends the job"
+            )
+        data = (
+            "data position (lines above)"
+            if has_loader
+            else "NOT the data position (no training_data, no resumable loader so far)"
+        )
+        return (
+            f"mnemosyne: {len(self.nodes)} ranks protected against the death of "
+            f"workers: parameters, optimizer, LR scheduler ({self._by()}), RNG and "
+            f"{data}; not yet: hangs, loss of a node, collectives outside of the "
+            "training step"
+        )
+
+    def _by(self) -> str:
+        if self.kind == "replica":
+            return "replicas"
+        steps = self.snapshot_every
+        how_often = "each step" if steps == 1 else f"each {steps} steps"
+        whose = (
+            "a buddy" if self.num_buddies == 1 else f"{self.num_buddies} buddies"
+        ) + (
+            " on another node"
+            if self.outlives_a_node
+            else " on the same node: its loss loses both"
+        )
+        return f"snapshots {how_often}, here and with {whose}"

@@ -1,0 +1,85 @@
+"""What the user may choose in place of the defaults, with workers that die."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import LocalCluster
+from matrix.plan import Configuration
+from matrix.runs import TRAIN, first_difference
+from verdict import assert_survivors_stayed
+
+STEPS = 15
+Job = Callable[..., LocalCluster]
+
+
+def start(
+    cluster: Job,
+    folder: Path,
+    configuration: Configuration,
+    chaos: list[str],
+    *,
+    steps: int = STEPS,
+    **section: Any,
+) -> LocalCluster:
+    """Start the matrix's training with this section of ds_config."""
+    folder.mkdir()
+    config = folder / "ds_config.json"
+    config.write_text(json.dumps(configuration.ds_config | {"mnemosyne": section}))
+    stages = [arg for arg in configuration.script_args if arg.startswith("--stages")]
+    args = [
+        *(f"--steps={steps}", f"--deepspeed_config={config}", *stages),
+        *(f"--loss-log={folder / 'losses.txt'}",),
+        *(f"--final-state={folder / 'final.txt'}",),
+    ]
+    return cluster(folder=folder, script=TRAIN, script_args=args, chaos=chaos)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("mode", "every"), [("zero1", 3), ("pipe", 3), ("zero3", 2), ("zero0", 1)]
+)
+def test_two_buddies_outlive_two_neighbours_and_rare_snapshots_cost_steps(
+    mode: str, every: int, cluster: Job, tmp_path: Path
+) -> None:
+    configuration = Configuration(mode, "fp32")
+    chaos = [
+        "kill rank=1 step=5 phase=backward",
+        "kill rank=2 step=5 phase=backward",
+        "kill rank=3 step=8 phase=mid-optimizer",
+        "kill rank=0 step=12 phase=between",
+    ]
+    section = {"redundancy": "buddy", "buddies": 2, "snapshot_every": every}
+    job = start(cluster, tmp_path / "job", configuration, chaos, **section)
+    assert job.wait(110) == [0], job.output()
+    healthy = start(cluster, tmp_path / "healthy", configuration, [], redundancy="none")
+    assert healthy.wait(60) == [0], healthy.output()
+
+    assert first_difference(job, healthy) is None
+    assert job.digests() == healthy.digests()
+    assert len(job.events("fault")) == len(chaos)
+    assert_survivors_stayed(job, {0: 1, 1: 1, 2: 1, 3: 1})
+    # By its backward, step 5 has taken in no snapshot that is younger than its begin.
+    first = min(event.fields["epoch"] for event in job.events("redo"))
+    begun = {e.fields["step"] for e in job.events("redo") if e.fields["epoch"] == first}
+    assert begun <= {5 - 5 % every, 5 - 5 % every - every} - {0}, begun
+    steps = {event.fields["step"] % every for event in job.events("redo")}
+    assert steps == {0}, "went back to a version without a snapshot"
+    job.check_nothing_is_left()
+
+
+@pytest.mark.timeout(90)
+def test_without_redundancy_a_death_ends_the_job_which_had_said_so(
+    cluster: Job, tmp_path: Path
+) -> None:
+    configuration = Configuration("zero1", "fp32")
+    endless = {"steps": 1_000_000, "redundancy": "none"}
+    job = start(cluster, tmp_path / "job", configuration, [], **endless)
+    job.wait_for_step(0)
+    assert "mnemosyne: NOT protected" in job.output()
+    job.kill(1)
+    assert job.wait(60) != [0]
+    job.check_nothing_is_left()
