@@ -10,8 +10,9 @@ version is complete everywhere.
 import ctypes
 import pickle
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -103,6 +104,18 @@ class Image:
         shard.load_scalars(scalars)
 
 
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What snapshots cost a rank."""
+
+    image_bytes: int
+    """Of one version of its shard."""
+    sent_bytes: int
+    """To all of its buddies, for one version."""
+    host_bytes: int
+    """Of host memory: the versions that it keeps of itself and of its wards."""
+
+
 class Snapshots:
     """This rank's images and those of its wards. Used by one thread at a time."""
 
@@ -115,7 +128,6 @@ class Snapshots:
         self._own: dict[int, Image] = {}
         self._of_wards: dict[int, dict[int, Image]] = {ward: {} for ward in wards}
         self._incoming: dict[int, _Incoming] = {}
-        self._spare: list[torch.Tensor] = []
         self._sends: list[Any] = []
         self._endpoints: tuple[Endpoint, Endpoint] | None = None
 
@@ -130,7 +142,8 @@ class Snapshots:
         self._endpoints = endpoint, standing
         self._sends = []
         self._incoming = {
-            ward: _Incoming(endpoint, standing, ward) for ward in self._of_wards
+            ward: _Incoming(endpoint, standing, ward, partial(_make_room, images))
+            for ward, images in self._of_wards.items()
         }
         if self._own:
             self._send(self._own[max(self._own)], set(self._buddies) - set(holders))
@@ -143,10 +156,9 @@ class Snapshots:
         """Copy the shard if a snapshot of ``version`` is due, and start sending it."""
         if self.due(version) != version:
             return
-        spare = self._spare.pop() if self._spare else None
+        # The last vote has told that all ranks hold the newest: the other one may go.
+        spare = _make_room(self._own)
         self._own[version] = Image.of(version, shard, spare)
-        for old in sorted(self._own)[:-_KEPT_VERSIONS]:
-            self._spare = [self._own.pop(old).data]
         if self._endpoints is not None:
             self._send(self._own[version], self._buddies)
 
@@ -154,13 +166,13 @@ class Snapshots:
         """Take in what has arrived of the wards' images, without waiting."""
         for ward, incoming in self._incoming.items():
             while (image := incoming.poll()) is not None:
-                self._keep(ward, image)
+                self._of_wards[ward][image.version] = image
 
     def collect_last(self) -> None:
         """As ``collect``, behind the end of an epoch: nothing more will arrive."""
         for ward, incoming in self._incoming.items():
             if (image := incoming.last()) is not None:
-                self._keep(ward, image)
+                self._of_wards[ward][image.version] = image
         self._incoming = {}
 
     def complete(self, version: int) -> None:
@@ -170,7 +182,8 @@ class Snapshots:
         """
         for ward, images in self._of_wards.items():
             while self.due(version) not in images:
-                self._keep(ward, self._incoming[ward].wait())
+                image = self._incoming[ward].wait()
+                images[image.version] = image
         for work in self._sends:
             work.wait()
         self._sends = []
@@ -197,9 +210,12 @@ class Snapshots:
             for newer in [number for number in images if number > version]:
                 del images[newer]
 
-    def size_bytes(self) -> int:
-        """Return the size of one version of this rank, 0 before the first."""
-        return len(self._own[max(self._own)].data) if self._own else 0
+    def footprint(self) -> Footprint:
+        """Return what snapshots as large as the newest ones cost."""
+        kept = [images for images in (self._own, *self._of_wards.values()) if images]
+        sizes = [len(images[max(images)].data) for images in kept]
+        own = sizes[0] if self._own else 0
+        return Footprint(own, own * len(self._buddies), _KEPT_VERSIONS * sum(sizes))
 
     def _send(self, image: Image, buddies: Collection[int]) -> None:
         assert self._endpoints is not None
@@ -207,12 +223,6 @@ class Snapshots:
         for buddy in sorted(buddies):
             self._sends.append(standing.send([image.header()], buddy, _HEADER_TAG))
             self._sends.append(endpoint.send([image.data], buddy, _DATA_TAG))
-
-    def _keep(self, ward: int, image: Image) -> None:
-        images = self._of_wards[ward]
-        images[image.version] = image
-        for old in sorted(images)[:-_KEPT_VERSIONS]:
-            self._incoming[ward].spare = images.pop(old).data
 
     def refill(self, endpoint: Endpoint, ward: int, version: int) -> list[Any]:
         """Start sending a ward's image to the newcomer that has its rank now."""
@@ -226,11 +236,18 @@ class Snapshots:
 class _Incoming:
     """Receives the images of one ward, one after the other."""
 
-    def __init__(self, endpoint: Endpoint, standing: Endpoint, ward: int) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        standing: Endpoint,
+        ward: int,
+        make_room: Callable[[], torch.Tensor | None],
+    ) -> None:
+        """make_room: returns memory for the next image, if there is some."""
         self._endpoint = endpoint
         self._standing = standing
         self._ward = ward
-        self.spare: torch.Tensor | None = None
+        self._make_room = make_room
         self._expect_header()
 
     def poll(self) -> Image | None:
@@ -270,8 +287,7 @@ class _Incoming:
 
     def _expect_data(self) -> None:
         self._work.wait()
-        self._image = Image.of_header(self._header, self.spare)
-        self.spare = None
+        self._image = Image.of_header(self._header, self._make_room())
         self._work = self._endpoint.recv([self._image.data], self._ward, _DATA_TAG)
 
 
@@ -282,6 +298,12 @@ def receive_refill(endpoint: Endpoint, source: int) -> Image:
     image = Image.of_header(header, None)
     endpoint.recv([image.data], source, _REFILL_TAG).wait()
     return image
+
+
+def _make_room(images: dict[int, Image]) -> torch.Tensor | None:
+    """Drop the older versions, so that one may be added; return an image's memory."""
+    dropped = [images.pop(old) for old in sorted(images)[: 1 - _KEPT_VERSIONS]]
+    return dropped[-1].data if dropped else None
 
 
 def _places(sizes: Sequence[int]) -> tuple[list[int], int]:

@@ -1,6 +1,5 @@
 """Transfer of state between ranks, over an endpoint made of queues."""
 
-import queue
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,56 +21,9 @@ from mnemosyne_plugin.state.torch_state import (
     optimizer_tensors,
 )
 from mnemosyne_plugin.state.transfer import receive_state, send_state
+from wire import Port, Wire
 
-
-class Wire:
-    """Messages between ranks in one process; ``corrupt`` flips a bit of stripes."""
-
-    def __init__(self, corrupt: bool = False) -> None:
-        self.corrupt = corrupt
-        self._queues: dict[tuple[int, int, int], queue.Queue[torch.Tensor]] = {}
-        self._lock = threading.Lock()
-
-    def queue(self, source: int, dst: int, tag: int) -> "queue.Queue[torch.Tensor]":
-        with self._lock:
-            return self._queues.setdefault((source, dst, tag), queue.Queue())
-
-
-class Receive:
-    def __init__(self, source: "queue.Queue[torch.Tensor]", tensor: torch.Tensor):
-        self._source, self._tensor, self._done = source, tensor, False
-
-    def wait(self) -> None:
-        if not self._done:
-            self._tensor.copy_(self._source.get(timeout=10))
-            self._done = True
-
-    def is_completed(self) -> bool:
-        if not self._done and not self._source.empty():
-            self.wait()
-        return self._done
-
-
-class Done:
-    def wait(self) -> None:
-        pass
-
-
-class Port:
-    """One rank's end of the wire."""
-
-    def __init__(self, wire: Wire, rank: int) -> None:
-        self._wire, self._rank = wire, rank
-
-    def send(self, tensors: list[torch.Tensor], dst: int, tag: int) -> Any:
-        copy = tensors[0].clone()
-        if self._wire.corrupt and tag == 102:
-            copy[0] ^= 1
-        self._wire.queue(self._rank, dst, tag).put(copy)
-        return Done()
-
-    def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> Any:
-        return Receive(self._wire.queue(src, self._rank, tag), tensors[0])
+STRIPE_TAG = 102
 
 
 class Toy:
@@ -132,7 +84,7 @@ def test_a_newcomer_becomes_bit_identical_to_its_replicas() -> None:
 
 def test_a_flipped_bit_fails_the_checksum() -> None:
     with pytest.raises(StateMismatch, match="checksum"):
-        transfer(Toy(1, steps=1), Toy(2), Wire(corrupt=True))
+        transfer(Toy(1, steps=1), Toy(2), Wire(corrupt=STRIPE_TAG))
 
 
 def test_a_newcomer_of_another_structure_is_refused_by_key() -> None:
