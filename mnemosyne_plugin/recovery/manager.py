@@ -34,7 +34,12 @@ from mnemosyne_plugin.recovery.membership import Membership
 from mnemosyne_plugin.state.manifest import TrainingState
 from mnemosyne_plugin.state.mirror import Mirrors, capacity_for
 from mnemosyne_plugin.state.rng import RngState, capture_rng, restore_rng, same_rng
-from mnemosyne_plugin.state.snapshot import Shard, Snapshots, receive_refill
+from mnemosyne_plugin.state.snapshot import (
+    Footprint,
+    Shard,
+    Snapshots,
+    receive_refill,
+)
 from mnemosyne_plugin.state.transfer import (
     receive_blob,
     receive_state,
@@ -119,6 +124,8 @@ class Manager:
         self._shard: Shard | None = None
         self._redo: Callable[[], None] | None = None
         self._is_protected_by_snapshot = False
+        self._on_footprint: Callable[[Footprint], None] | None = None
+        self._has_told_footprint = False
         self._is_clean = True
         self._furthest = 0
         self.horizon = 0
@@ -153,6 +160,7 @@ class Manager:
         redo: Callable[[], None] | None = None,
         num_buddies: int = 1,
         snapshot_every: int = 1,
+        on_footprint: Callable[[Footprint], None] | None = None,
     ) -> None:
         """Protect this state. On a newcomer it returns with the job's state in place.
 
@@ -161,6 +169,7 @@ class Manager:
 
         shard: what only this rank has; its buddies keep snapshots of it.
         redo: makes the steps from ``version`` on again, where the job went back.
+        on_footprint: called once, when a snapshot of a made step is where it belongs.
         """
         if self._training is not None:
             raise FatalError("one training state per process can be protected")
@@ -168,6 +177,7 @@ class Manager:
         self._position = position
         self._shard = shard
         self._redo = redo
+        self._on_footprint = on_footprint
         if shard is not None:
             ring = (self.rank, self.nodes, num_buddies)
             if num_buddies > _NUM_BUDDIES:  # else fewer deaths lose the random state
@@ -257,6 +267,7 @@ class Manager:
             self._mirrors.exchange(self.version + 1)
             if self._shard is not None:
                 self._snapshots.complete(self.version)
+                self._tell_footprint()
             self.phase("vote")
             self._vote()
         except RecoverableError:
@@ -273,6 +284,23 @@ class Manager:
         )
         self.phase("optimizer")
         return Outcome.COMMIT
+
+    def _tell_footprint(self) -> None:
+        # An optimizer makes its moments in the first step: they count from then on.
+        if self._has_told_footprint or not self._snapshots.due(self.version):
+            return
+        self._has_told_footprint = True
+        footprint = self._snapshots.footprint()
+        fields = {name: getattr(footprint, name) for name in footprint.__slots__}
+        self._events.emit(
+            "snapshot",
+            epoch=self.mesh.epoch,
+            rank=self.rank,
+            step=self._snapshots.due(self.version),
+            **fields,
+        )
+        if self._on_footprint is not None:
+            self._on_footprint(footprint)
 
     def collect(self) -> None:
         """Take in what buddies have sent, without waiting. Called now and then."""

@@ -13,6 +13,8 @@ from matrix.runs import TRAIN, first_difference
 from verdict import assert_survivors_stayed
 
 STEPS = 15
+# On one rank at the least: the whole model, a shard of it, one stage of it.
+PARAMETERS = {"zero0": 2592, "zero1": 648, "zero3": 648, "pipe": 1488}
 Job = Callable[..., LocalCluster]
 
 
@@ -58,6 +60,14 @@ def test_two_buddies_outlive_two_neighbours_and_rare_snapshots_cost_steps(
     healthy = start(cluster, tmp_path / "healthy", configuration, [], redundancy="none")
     assert healthy.wait(60) == [0], healthy.output()
 
+    assert job.output().count("mnemosyne: a snapshot of rank 0 has ") == 1
+    costs = {e.fields["rank"]: e.fields for e in job.events("snapshot")}
+    assert costs.keys() == set(range(4))
+    for cost in costs.values():
+        assert cost["step"] % every == 0
+        assert cost["image_bytes"] >= 12 * PARAMETERS[mode]
+        assert cost["sent_bytes"] == 2 * cost["image_bytes"]
+        assert cost["host_bytes"] >= 2 * 3 * 12 * PARAMETERS[mode]
     assert first_difference(job, healthy) is None
     assert job.digests() == healthy.digests()
     assert len(job.events("fault")) == len(chaos)

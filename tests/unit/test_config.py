@@ -9,6 +9,7 @@ from mnemosyne_plugin.adapters.deepspeed.redundancy import Redundancy
 from mnemosyne_plugin.chaos import Fault, parse
 from mnemosyne_plugin.config import Config
 from mnemosyne_plugin.errors import ConfigError
+from mnemosyne_plugin.state.snapshot import Footprint
 
 
 def test_a_section_may_be_empty_or_switch_us_off() -> None:
@@ -87,6 +88,15 @@ def test_the_start_line_says_what_protects(
 ) -> None:
     redundancy = Redundancy.of(Config.from_section(section), is_sharded, nodes)
     assert words in redundancy.start_line(has_loader=True)
+
+
+def test_what_snapshots_cost_is_said_in_sizes_one_can_read() -> None:
+    config = Config(redundancy="buddy", buddies=2, snapshot_every=3)
+    line = Redundancy.of(config, False, [0] * 4).footprint_line(
+        Footprint(image_bytes=1_524_000, sent_bytes=3_048_000, host_bytes=999)
+    )
+    assert "has 1.52 MB; each 3 steps it sends 3.05 MB" in line
+    assert "keeps 999 bytes of host memory" in line
 
 
 def test_a_chaos_spec_is_parsed() -> None:

@@ -4,6 +4,7 @@ import functools
 import importlib
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mnemosyne_plugin import recovery
@@ -11,7 +12,9 @@ from mnemosyne_plugin.config import Config
 from mnemosyne_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mnemosyne_plugin.adapters.deepspeed.redundancy import Redundancy
     from mnemosyne_plugin.recovery.manager import Manager
+    from mnemosyne_plugin.state.snapshot import Footprint
 
 
 _CLASSES = {
@@ -111,8 +114,13 @@ def attach(engine: Any) -> None:
             redo=engine_hooks.catch_up,
             num_buddies=config.buddies,
             snapshot_every=config.snapshot_every,
+            on_footprint=partial(_tell, redundancy) if is_to_speak else None,
         )
     engine_hooks.install()
+
+
+def _tell(redundancy: "Redundancy", footprint: "Footprint") -> None:
+    print(redundancy.footprint_line(footprint), flush=True)
 
 
 def _is_enabled(config: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mnemosyne_plugin.config import Config
 from mnemosyne_plugin.errors import ConfigError
 from mnemosyne_plugin.recovery.commit import buddies
+from mnemosyne_plugin.state.snapshot import Footprint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +77,17 @@ class Redundancy:
             "training step"
         )
 
+    def footprint_line(self, footprint: Footprint) -> str:
+        """Say what a rank's snapshots cost, once that is known."""
+        every = self.snapshot_every
+        return (
+            f"mnemosyne: a snapshot of rank 0 has {_size(footprint.image_bytes)}; each "
+            f"{'step' if every == 1 else f'{every} steps'} it sends "
+            f"{_size(footprint.sent_bytes)} to its buddies, and keeps "
+            f"{_size(footprint.host_bytes)} of host memory (two versions of its own "
+            "and of each rank whose buddy it is)"
+        )
+
     def _by(self) -> str:
         if self.kind == "replica":
             return "replicas"
@@ -89,3 +101,12 @@ class Redundancy:
             else " on the same node: its loss loses both"
         )
         return f"snapshots {how_often}, here and with {whose}"
+
+
+def _size(num_bytes: int) -> str:
+    size, unit = float(num_bytes), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.3g} {unit}"
