@@ -97,11 +97,16 @@ def time_log(folder: Path) -> Path:
     return folder / "times.txt"
 
 
-def protected(folder: Path, steps: int) -> Job:
-    """Start the example under `mnemosyne run` with one standby."""
+def protected(
+    folder: Path,
+    steps: int,
+    config: Path = CONFIGS / "ds_config_gpt.json",
+    num_standbys: int = 1,
+) -> Job:
+    """Start the example under `mnemosyne run`."""
     command = [str(BIN / "mnemosyne"), "run", "--standalone"]
-    command += [f"--nproc-per-node={NUM_RANKS}", "--standby=1", f"--run-dir={folder}"]
-    command += [str(TRAIN), f"--deepspeed_config={CONFIGS / 'ds_config_gpt.json'}"]
+    command += [f"--nproc-per-node={NUM_RANKS}", f"--standby={num_standbys}"]
+    command += [f"--run-dir={folder}", str(TRAIN), f"--deepspeed_config={config}"]
     return Job(folder, command + _log_args(folder, steps))
 
 
