@@ -101,7 +101,6 @@ class _Stage3:
         # parameters one by one. All have to, until all have recorded it again.
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
-        optimizer._partition_all_parameters()
         optimizer.zero_grad(set_to_none=True)
         optimizer.averaged_gradients = {}
         for bucket in optimizer.ipg_buckets.values():
@@ -150,6 +149,8 @@ class _Stage3:
 
     def rebuild(self) -> None:
         optimizer = self._optimizer
+        # Not in `reset`, which may follow: small ones stay whole from here on.
+        optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:
