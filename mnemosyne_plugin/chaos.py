@@ -25,6 +25,7 @@ from mnemosyne_plugin.events import EventLog
 PHASES = (
     *("data", "forward", "backward", "reduce", "vote"),
     *("optimizer", "mid-optimizer", "gather", "between", "recovery"),
+    *("save", "save-vote"),
 )
 
 

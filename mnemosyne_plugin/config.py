@@ -26,6 +26,8 @@ class Config:
     """How many other ranks keep a snapshot of each."""
     snapshot_every: int = 1
     """Steps from one snapshot to the next; up to twice as many are made again."""
+    checkpoint_dir: str = ""
+    """Where a job that is told to end by a signal saves its state first."""
 
     @classmethod
     def from_section(cls, section: object) -> "Config":
@@ -50,6 +52,8 @@ def _check(key: str, value: Any, want: Any) -> None:
         expected = "true or false"
     elif want is int and (type(value) is not int or value < 1):
         expected = "a whole number, 1 or more"
+    elif want is str and not isinstance(value, str):
+        expected = "text"
     elif key == "redundancy" and value not in REDUNDANCIES:
         expected = f"one of {', '.join(REDUNDANCIES)}"
     else:

@@ -110,7 +110,8 @@ class Mesh final : private Peer::Host, private Connector::Host {
   void startRecording();
   std::string stopRecording();
   void startReplay(const std::string& log);
-  // While on, operations run over the links though a log is being replayed.
+  // While on, operations run over the links though a log is being replayed, and
+  // are not recorded.
   void holdReplay(bool on);
   void stopReplay();
 

@@ -363,7 +363,7 @@ void Mesh::tryToStart(Operation* op) {
       }
       return finish(op, error);
     }
-    if (recording_) op->record_ = recording_->reserve(*op);
+    if (recording_ && !holds_replay_) op->record_ = recording_->reserve(*op);
   }
   if (has_failed_) return finish(op, failure_);
   if (epoch_ < 0) {

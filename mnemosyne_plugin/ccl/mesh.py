@@ -165,7 +165,7 @@ class Mesh:
         self._native.start_replay(log)
 
     def hold_replay(self, on: bool) -> None:
-        """While on, run operations over the links although a log is being replayed.
+        """While on, run operations over the links: they are not replayed or recorded.
 
         For what a newcomer does together with the others in the middle of its set-up.
         """

@@ -28,6 +28,7 @@ class Resumable:
         self._place: Place | None = None
         self._num_batches = 0
         self._sought: Place | None = None
+        self._goal: Place | None = None
         self._take_rng: Callable[[], RngState] = capture_rng
         # Weak: worker processes are shut down badly if a cycle keeps their iterator.
         self._newest: Callable[[], _Pass | None] = lambda: None
@@ -102,6 +103,24 @@ class Resumable:
             newest.begin_again()
         self.catches_up = self._catches_up
 
+    def start_over(self) -> None:
+        """Begin at the first batch: the script itself reads up to where the job is.
+
+        There it goes on with the job's random state.
+        """
+        if self._sought is not None:
+            self._goal, self._sought, self._next_pass = self._sought, None, 0
+
+    def _look_for_goal(self) -> None:
+        """Take the job's random state if all is read that the job has read."""
+        goal, place = self._goal, self._place
+        if goal is None or place is None or place.pass_number != goal.pass_number:
+            return
+        if self._num_batches == goal.num_batches:
+            self._goal = None
+            restore_rng(self._take_rng())
+            self._take_rng = capture_rng
+
     def _begin(self) -> Iterator[Any] | None:
         """Begin the next pass; None if it is over already."""
         number, sought = self._next_pass, self._sought
@@ -109,8 +128,11 @@ class Resumable:
         if sought is not None and number < sought.pass_number:
             return None
         self._sought = None
-        rng = self._take_rng()
-        self._take_rng = capture_rng
+        if self._goal is None:
+            rng = self._take_rng()
+            self._take_rng = capture_rng
+        else:
+            rng = capture_rng()
         num_begun, self._num_batches = self._num_batches, 0
         if sought is None:
             restore_rng(rng)
@@ -145,6 +167,7 @@ class _Pass:
         manager = recovery.current()
         if manager is not None:
             manager.phase("data")
+        owner._look_for_goal()
         if self._batches is None and not self._is_over:
             self._batches = owner._begin()
         if self._batches is None:

@@ -89,6 +89,7 @@ class Agent:
         self._beat = 0
         self._is_store_lost = False
         self._is_leaving = False
+        self._stopped_by: signal.Signals | None = None
         self.exit_code: int | None = None
         self.finish: Finish | None = None
         self.failed: dict[int, Worker] = {}
@@ -220,6 +221,10 @@ class Agent:
             self._tell(
                 LinkLost(attempt=attempt, rank=rank, lost_rank=lost, epoch=epoch)
             )
+        elif kind == "can_save":
+            worker.can_save = True
+        elif kind == "saved":
+            self._on_saved(message["checkpoint"])
         elif kind == "done":
             self._tell(Done(attempt=attempt, rank=rank))
 
@@ -329,6 +334,28 @@ class Agent:
         if self.exit_code is not None:
             self._kill_workers()  # the user is out of patience
             return
+        if self._stopped_by is None and self._ask_for_checkpoint():
+            self._stopped_by = number
+            logger.warning("got %s; the job saves its state, and ends", number.name)
+            return
+        self._end_by(number)
+
+    def _ask_for_checkpoint(self) -> bool:
+        """Ask the workers to save in front of their next step; False if none can."""
+        able = [w for w in self._force.workers.values() if w.rank >= 0 and w.can_save]
+        for worker in able:
+            with suppress(MnemosyneError):  # dead, or it hangs
+                worker.channel.send("stop")
+        return bool(able)
+
+    def _on_saved(self, checkpoint: str) -> None:
+        """A worker says that all ranks have saved."""
+        number, self._stopped_by = self._stopped_by, None
+        if number is not None and self.exit_code is None:
+            logger.warning("saved: %s", checkpoint)
+            self._end_by(number)
+
+    def _end_by(self, number: signal.Signals) -> None:
         logger.warning("got %s; ending the job", number.name)
         self._end(128 + number)
         if self.board is not None:

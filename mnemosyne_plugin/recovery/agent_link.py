@@ -36,6 +36,7 @@ class AgentLink:
         self._membership = membership  # guarded by _news
         self._is_finished = False  # guarded by _news
         self._is_orphan = False  # guarded by _news
+        self._is_stop_asked = False
         self._epoch_lock = threading.Lock()  # a fence never hits the epoch it is for
         self._is_closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -60,6 +61,11 @@ class AgentLink:
     def is_finished(self) -> bool:
         """Whether the agent has said that all ranks are done."""
         return self._is_finished
+
+    @property
+    def is_stop_asked(self) -> bool:
+        """Whether the agent has asked the job to save its state and to end."""
+        return self._is_stop_asked
 
     @property
     def is_orphan(self) -> bool:
@@ -155,6 +161,8 @@ class AgentLink:
             with self._epoch_lock:
                 if membership.epoch > self._mesh.epoch:
                     self._mesh.fence(f"epoch {membership.epoch} was published")
+        elif message["kind"] == "stop":
+            self._is_stop_asked = True
         elif message["kind"] == "finish":
             with self._news:
                 self._is_finished = True

@@ -47,6 +47,14 @@ class Report:
     """Not in the middle of a mutation: the live state is just ``version``."""
     snapshots: Sequence[int] = ()
     """Versions of its own shard that this rank can go back to."""
+    furthest: int = 0
+    """The newest version that it has ever held."""
+    saved: Sequence[int] = (-1, 0)
+    """The last checkpoint that it knows is in place: at which version, which there."""
+    checkpoint: str = ""
+    """Where that is, or the one it has loaded."""
+    is_stopping: bool = False
+    """It knows that the job ends in front of the next step."""
     wards: Mapping[int, Sequence[int]] = field(default_factory=dict)
     """Ward -> versions of its shard that this rank keeps."""
 
@@ -64,7 +72,8 @@ class Report:
             name: {int(ward): tuple(v) for ward, v in values[name].items()}
             for name in ("mirrors", "wards")
         }
-        return cls(**{**values, **by_ward, "snapshots": tuple(values["snapshots"])})
+        lists = {name: tuple(values[name]) for name in ("snapshots", "saved")}
+        return cls(**{**values, **by_ward, **lists})
 
 
 @dataclass(frozen=True, slots=True)

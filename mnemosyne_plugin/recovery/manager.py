@@ -17,7 +17,12 @@ from typing import Any, Protocol
 
 from mnemosyne_plugin import ccl
 from mnemosyne_plugin.ccl.intercept import group_ids, serve_process_groups
-from mnemosyne_plugin.errors import FatalError, RecoverableError, StateMismatch
+from mnemosyne_plugin.errors import (
+    FatalError,
+    NoSourceForState,
+    RecoverableError,
+    StateMismatch,
+)
 from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.recovery.agent_link import AgentLink
 from mnemosyne_plugin.recovery.channel import Channel
@@ -130,6 +135,16 @@ class Manager:
         self._furthest = 0
         self.horizon = 0
         """Steps before this one are never made again."""
+        self.saved = (-1, 0)
+        """The last checkpoint in place: made at which version, the n-th there."""
+        self.checkpoint = ""
+        """The folder of the newest checkpoint that the script has saved or loaded."""
+        self.on_stop: Callable[[], None] | None = None
+        """Called in front of a step on all ranks, if the job is to save and to end."""
+        self._is_stopping = False
+        self._passed_version = -1
+        self.is_speaker = self.rank == 0
+        """Whether this rank prints what concerns all."""
 
     # --- set-up -------------------------------------------------------------------
 
@@ -137,6 +152,11 @@ class Manager:
     def is_setting_up_alone(self) -> bool:
         """True while a newcomer runs the script's set-up without the others."""
         return self._setup_log is not None and self._is_setting_up
+
+    @property
+    def is_setting_up(self) -> bool:
+        """True until the first step begins."""
+        return self._is_setting_up
 
     def start(self) -> None:
         """Join the mesh, and record the set-up or replay that of the dead worker."""
@@ -203,6 +223,18 @@ class Manager:
         """Whether a failure is latched: what the step has computed may be wrong."""
         return self.mesh.failure() is not None
 
+    def barrier(self) -> None:
+        """Wait for all ranks; never absorbed."""
+        self._control.minimum(0)
+
+    def has_passed(self, save: tuple[int, int]) -> bool:
+        """Whether the job is past a checkpoint: saved, or never to be saved.
+
+        Behind a recovery the scripts of newcomers call what the others have called
+        already, or do not call what the others are in. All ranks skip just that.
+        """
+        return save <= self.saved or save[0] <= self._passed_version
+
     def begin(self) -> Outcome:
         """Begin step number ``version``: from here to ``end`` failures are absorbed.
 
@@ -212,6 +244,8 @@ class Manager:
         self.phase("between")
         if self._is_setting_up:
             self._end_setup()
+        if self._is_stopping and self.on_stop is not None:
+            self.on_stop()
         while True:
             try:
                 self._begin()
@@ -372,6 +406,17 @@ class Manager:
             except RecoverableError:
                 self._recover()
 
+    def stopped(self) -> None:
+        """The job's state is saved by all ranks: wait for the agent to end us."""
+        self._agent.send("saved", checkpoint=self.checkpoint)
+        while self._agent.wait_for_news(None) is not None:
+            pass  # others are ended before us
+
+    def offer_stop(self, call: Callable[[], None]) -> None:
+        """Have ``call`` save the state in front of a step, if the job must end."""
+        self.on_stop = call
+        self._agent.send("can_save")
+
     def close(self) -> None:
         """Stop the thread. The mesh and the channel belong to the caller."""
         self._agent.close()
@@ -380,7 +425,10 @@ class Manager:
 
     def _vote(self) -> None:
         self._has_voted = True
-        lowest, highest = self._control.minimum(self.version, -self.version)
+        is_asked = self._agent.is_stop_asked and self.on_stop is not None
+        lowest, highest, stop = self._control.minimum(
+            self.version, -self.version, -int(is_asked)
+        )
         highest = -highest
         if lowest != highest:
             raise StateMismatch(
@@ -388,6 +436,7 @@ class Manager:
                 "rank run the same number of steps?",
                 key="step",
             )
+        self._is_stopping = stop < 0
 
     def _recover(self) -> Decision:
         """Bring the whole job to one version. Returns when this rank is part of it."""
@@ -429,7 +478,7 @@ class Manager:
                 links_replaced=links_replaced,
             )
         reports = self._exchange_reports()
-        decision = decide(reports)
+        decision = self._decide(reports)
         self._enter(State.RESTORING)
         self.phase("recovery")
         largest = max(report.mirror_bytes for report in reports)
@@ -441,6 +490,27 @@ class Manager:
         self._is_first_step = True
         return decision
 
+    def _decide(self, reports: Sequence[Report]) -> Decision:
+        newest = max(reports, key=lambda report: tuple(report.saved))
+        if newest.checkpoint:
+            self.saved = (newest.saved[0], newest.saved[1])
+            self.checkpoint = newest.checkpoint
+        self._is_stopping = any(report.is_stopping for report in reports)
+        try:
+            decision = decide(reports)
+        except NoSourceForState as error:
+            where = self.checkpoint or "none was saved or loaded in this run"
+            raise NoSourceForState(f"{error} ({where})", error.keys) from None
+        if decision.newcomers:
+            # At a version that the others have left, and at its own, a newcomer does
+            # not meet them.
+            furthest = max(report.furthest for report in reports)
+            passed = max(decision.target, furthest - 1)
+            self._passed_version = max(self._passed_version, passed)
+        others = {report.rank for report in reports} - set(decision.newcomers)
+        self.is_speaker = self.rank == min(others)
+        return decision
+
     def _exchange_reports(self) -> list[Report]:
         self._mirrors.collect_last()
         report = Report(
@@ -450,6 +520,10 @@ class Manager:
             has_voted=self._has_voted,
             mirrors=self._mirrors.held(),
             mirror_bytes=len(pickle.dumps(capture_rng())),
+            furthest=self._furthest,
+            saved=self.saved,
+            checkpoint=self.checkpoint,
+            is_stopping=self._is_stopping,
         )
         if self._shard is not None:
             self._snapshots.collect_last()

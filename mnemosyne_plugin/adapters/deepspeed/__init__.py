@@ -80,6 +80,7 @@ def attach(engine: Any) -> None:
     config = Config.from_section((engine.config or {}).get("mnemosyne", {}))
     # Imported here, so that a process that only imports deepspeed does not pay for it.
     from mnemosyne_plugin.adapters.deepspeed import hooks, pipe
+    from mnemosyne_plugin.adapters.deepspeed.checkpoint import Checkpoints
     from mnemosyne_plugin.adapters.deepspeed.redundancy import Redundancy
     from mnemosyne_plugin.adapters.deepspeed.state import EngineState, check_supported
     from mnemosyne_plugin.adapters.deepspeed.zero import STAGES, ZeroState
@@ -117,6 +118,7 @@ def attach(engine: Any) -> None:
             on_footprint=partial(_tell, redundancy) if is_to_speak else None,
         )
     engine_hooks.install()
+    Checkpoints(engine, engine_hooks, manager, config.checkpoint_dir).install()
 
 
 def _tell(redundancy: "Redundancy", footprint: "Footprint") -> None:

@@ -1,6 +1,7 @@
 """DeepSpeed's data loaders: their passes, and which of them have a position unasked."""
 
 import functools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,20 @@ from mnemosyne_plugin.data import resumable
 from mnemosyne_plugin.data.loops import Resumable
 from mnemosyne_plugin.data.sources import TorchSource, source_of, workers
 from mnemosyne_plugin.errors import ConfigError
+
+_repeated: "weakref.WeakSet[Resumable]" = weakref.WeakSet()
+_is_read_by_script = False
+
+
+def start_over() -> None:
+    """In a newcomer whose script loads a checkpoint, and so skips batches itself.
+
+    RepeatingLoaders begin at the first batch. It skips up to ``engine.global_steps``.
+    """
+    global _is_read_by_script
+    _is_read_by_script = True
+    for loader in _repeated:
+        loader.start_over()
 
 
 def hook_loaders(module: Any) -> None:
@@ -31,6 +46,10 @@ def hook_loaders(module: Any) -> None:
         is_ours = is_known and recovery.current() is not None
         if is_ours or isinstance(loader, Resumable):
             loader = resumable(loader, catch_up=False)
+        if isinstance(loader, Resumable):
+            _repeated.add(loader)
+            if _is_read_by_script:
+                loader.start_over()
         initialize(repeating, loader)
 
     module.RepeatingLoader.__init__ = wrapper
