@@ -7,11 +7,8 @@ import pytest
 from matrix.plan import DIAGONAL, PHASES, Configuration
 from matrix.runs import OK, Runs
 
-NOT_YET = "phase 'recovery' is not marked yet, ZeRO 1-3 and pipelines are refused"
-
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason=NOT_YET, strict=True)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("configuration", "victim"), DIAGONAL, ids=[f"{c.name}-{v}" for c, v in DIAGONAL]
