@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,13 +149,21 @@ class LocalCluster:
         return self.pids(rank)[-1]
 
     def losses(self) -> dict[tuple[int, int], str]:
-        """Return (step, rank) -> loss, bit for bit; no step was logged twice."""
+        """Return (step, rank) -> loss, bit for bit; a step logged again is the same."""
         losses: dict[tuple[int, int], str] = {}
         for line in lines(self.loss_log):
             step, rank, loss = line.split()
-            assert (int(step), int(rank)) not in losses, f"logged twice: {line}"
-            losses[int(step), int(rank)] = loss
+            before = losses.setdefault((int(step), int(rank)), loss)
+            assert before == loss, f"logged with another loss: {line}"
         return losses
+
+    def num_repeated(self) -> Counter[int]:
+        """Return rank -> how many steps its script has logged again."""
+        logged = Counter(tuple(line.split()[:2]) for line in lines(self.loss_log))
+        repeated: Counter[int] = Counter()
+        for (_, rank), times in logged.items():
+            repeated[int(rank)] += times - 1
+        return +repeated
 
     def digests(self) -> dict[int, str]:
         """Return rank -> SHA-256 of its parameters and optimizer at the end."""

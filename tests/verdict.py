@@ -26,12 +26,15 @@ def assert_same_training(
     """Losses and final state are those of the healthy job, bit for bit.
 
     A worker that dies between a step's commit and its log line takes the line along:
-    the step is done, nobody makes it again. That is one line per kill at most.
+    the step is done, nobody makes it again. That is one line per kill at most. With
+    shards a newcomer begins one step earlier, and its script logs that one again.
     """
     losses, want = job.losses(), healthy.losses()
     assert losses.items() <= want.items(), difference(losses, want)
     missing = Counter(rank for _, rank in want.keys() - losses.keys())
     assert all(missing[rank] <= kills.get(rank, 0) for rank in missing), missing
+    repeated = job.num_repeated()
+    assert all(repeated[rank] <= kills.get(rank, 0) for rank in repeated), repeated
     assert job.digests() == healthy.digests()
 
 

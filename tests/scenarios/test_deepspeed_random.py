@@ -18,13 +18,21 @@ Job = Callable[..., LocalCluster]
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("seed", "config"),
+    [
+        (0, "ds_config_gpt"),
+        (1, "ds_config_gpt"),
+        (2, "ds_config_gpt_zero1"),
+        (3, "ds_config_gpt_zero1"),
+    ],
+)
 def test_kills_at_random_moments_lose_nothing(
-    seed: int, train: Job, undisturbed: Job
+    seed: int, config: str, train: Job, undisturbed: Job
 ) -> None:
     moments = random.Random(seed)
     kills: Counter[int] = Counter()
-    job = train(steps=STEPS)
+    job = train(steps=STEPS, config=config)
     for kill in range(KILLS_PER_JOB):
         job.wait_for_step(5 + 10 * kill, timeout_s=60)
         # The one sleep that is meant: the moment within the step is the test.
@@ -33,7 +41,7 @@ def test_kills_at_random_moments_lose_nothing(
         job.kill(rank)
         kills[rank] += 1
     assert job.wait(120) == [0], job.output()
-    assert_survived(job, undisturbed(steps=STEPS), kills)
+    assert_survived(job, undisturbed(steps=STEPS, config=config), kills)
 
 
 @pytest.mark.timeout(300)
