@@ -5,6 +5,7 @@ groups, and data that is shuffled and disturbed at random.
 """
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -66,9 +67,10 @@ class Net(nn.Module):
         super().__init__()
         self.embedding = Embedding()
         self.blocks = nn.Sequential(Block(), Block())
+        self.checkpoint: Callable[..., torch.Tensor] = lambda run, x: run(x)
 
     def forward(self, words: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        x = self.blocks(self.embedding(words))
+        x = self.checkpoint(self.blocks, self.embedding(words))
         return loss_of(logits(self.embedding, x), target)
 
 

@@ -5,6 +5,7 @@ that a difference is found in the step that made it, and is named.
 """
 
 import argparse
+import functools
 import hashlib
 import logging
 import os
@@ -21,6 +22,7 @@ import torch  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.runtime.dataloader import RepeatingLoader  # noqa: E402
 from deepspeed.utils import logger  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
 
 from model import Net, Sentences, groups, pipeline  # noqa: E402
@@ -39,7 +41,7 @@ def main() -> None:
     deepspeed.init_distributed()
     rank = torch.distributed.get_rank()
     seed_all(1)
-    model = pipeline(args.stages) if args.stages else Net()
+    model = pipeline(args.stages) if args.stages else net(args)
     seed_all(2 + rank)
     train = train_in_stages if args.stages else train_in_one_piece
     engine, steps = train(args, model)
@@ -51,6 +53,23 @@ def main() -> None:
         line = ",".join(f"{name}:{value}" for name, value in facts.items())
         append(args.loss_log, f"{step} {rank} {line}")
     append(args.final_state, f"{rank} {digest(state(engine))}")
+
+
+def net(args: argparse.Namespace) -> Net:
+    """Return the model in one piece, made in the manner that is asked for."""
+    sharded = deepspeed.zero.Init(
+        config_dict_or_path=str(args.deepspeed_config), enabled=args.zero_init
+    )
+    with sharded:
+        model = Net()
+    if args.freeze_blocks:
+        for name, parameter in model.blocks.named_parameters():
+            parameter.requires_grad_("norm" in name)
+    if args.checkpoint_blocks:
+        model.checkpoint = functools.partial(
+            checkpoint, use_reentrant=args.checkpoint_blocks == "reentrant"
+        )
+    return model
 
 
 def train_in_one_piece(
@@ -182,6 +201,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--stages", type=int, default=0, help="0: no pipeline")
+    parser.add_argument("--zero-init", action="store_true", help="born in shards")
+    parser.add_argument("--freeze-blocks", action="store_true", help="but their norms")
+    parser.add_argument("--checkpoint-blocks", choices=["reentrant", "not-reentrant"])
     parser.add_argument("--claim-fp16", action="store_true", help="fp16 on any CPU")
     parser.add_argument("--loss-log", type=Path, required=True)
     parser.add_argument("--final-state", type=Path, required=True)
