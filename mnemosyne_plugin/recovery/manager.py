@@ -223,6 +223,11 @@ class Manager:
         """Whether a failure is latched: what the step has computed may be wrong."""
         return self.mesh.failure() is not None
 
+    @property
+    def has_snapshots(self) -> bool:
+        """Whether snapshots of earlier steps are what a recovery goes back to."""
+        return self._is_protected_by_snapshot
+
     def barrier(self) -> None:
         """Wait for all ranks; never absorbed."""
         self._control.minimum(0)

@@ -53,6 +53,20 @@ def assert_same(job: LocalCluster, healthy: LocalCluster) -> None:
     assert job.digests() == healthy.digests()
 
 
+def run_plain(command: list[Any], output: Path) -> None:
+    """Run a command that must succeed; nothing of it outlives the call."""
+    with output.open("wb") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            assert process.wait(100) == 0, output.read_text()
+        finally:
+            if process.poll() is None:
+                process.terminate()  # torchrun ends its workers
+                process.wait(40)
+
+
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], LocalCluster]:
     """Return the job of a ZeRO stage when nothing disturbs it."""
@@ -137,7 +151,7 @@ def test_a_rank_lost_with_its_buddy_ends_the_job_and_names_the_checkpoint(
     job.check_nothing_is_left()
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_job_told_to_end_leaves_a_checkpoint_that_plain_deepspeed_goes_on_from(
     stage: int, cluster: Job, tmp_path: Path
@@ -146,13 +160,15 @@ def test_a_job_told_to_end_leaves_a_checkpoint_that_plain_deepspeed_goes_on_from
     for folder in runs.values():
         folder.mkdir()
     args = options(runs["whole"], stage)
-    whole = cluster(folder=runs["whole"], script=SEEDED, script_args=args)
+    # Of two ranks: the sum of more depends on the backend, in the last bit.
+    two: dict[str, Any] = {"script": SEEDED, "procs_per_agent": 2, "num_standbys": 0}
+    whole = cluster(folder=runs["whole"], script_args=args, **two)
     assert whole.wait(90) == [0], whole.output()
 
     checkpoints = str(tmp_path / "checkpoints")
     args = options(runs["ended"], stage, checkpoint_dir=checkpoints)
-    job = cluster(folder=runs["ended"], script=SEEDED, script_args=[*args, NO_SAVES])
-    job.wait_for_step(5)
+    job = cluster(folder=runs["ended"], script_args=[*args, NO_SAVES], **two)
+    job.wait_for_step(5, 90)
     job.agents[0].send_signal(signal.SIGTERM)
     assert job.wait(60) == [128 + signal.SIGTERM], job.output()
     job.check_nothing_is_left()
@@ -167,10 +183,9 @@ def test_a_job_told_to_end_leaves_a_checkpoint_that_plain_deepspeed_goes_on_from
     del config["mnemosyne"]
     (runs["plain"] / "ds_config.json").write_text(json.dumps(config))
     torchrun = Path(sys.executable).with_name("torchrun")
-    command = [torchrun, "--standalone", "--nproc-per-node=4", SEEDED, *args]
+    command = [torchrun, "--standalone", "--nproc-per-node=2", SEEDED, *args]
     command += [NO_SAVES, f"--checkpoint-dir={checkpoints}"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert ended.returncode == 0, ended.stderr
+    run_plain(command, runs["plain"] / "output.txt")
     logged = [*lines(job.loss_log), *lines(runs["plain"] / "losses.txt")]
     assert sorted(logged) == sorted(lines(whole.loss_log))
     finals = [lines(folder / "final.txt") for folder in (runs["whole"], runs["plain"])]

@@ -118,7 +118,7 @@ def attach(engine: Any) -> None:
             on_footprint=partial(_tell, redundancy) if is_to_speak else None,
         )
     engine_hooks.install()
-    Checkpoints(engine, engine_hooks, manager, config.checkpoint_dir).install()
+    Checkpoints(engine, state, engine_hooks, manager, config.checkpoint_dir).install()
 
 
 def _tell(redundancy: "Redundancy", footprint: "Footprint") -> None:

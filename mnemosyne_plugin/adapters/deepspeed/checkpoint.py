@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mnemosyne_plugin.adapters.deepspeed.loader import start_over
+from mnemosyne_plugin.adapters.deepspeed.state import EngineState
+from mnemosyne_plugin.adapters.deepspeed.zero import ZeroState
+from mnemosyne_plugin.errors import ConfigError
 from mnemosyne_plugin.recovery.manager import Manager
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -25,11 +28,17 @@ class Checkpoints:
     """Wraps ``save_checkpoint`` and ``load_checkpoint`` of one engine."""
 
     def __init__(
-        self, engine: Any, hooks: _Hooks, manager: Manager, stop_dir: str
+        self,
+        engine: Any,
+        state: EngineState | ZeroState,
+        hooks: _Hooks,
+        manager: Manager,
+        stop_dir: str,
     ) -> None:
         """stop_dir: where the job saves its state when it must end, or ""."""
         self._stop_dir = stop_dir
         self._engine = engine
+        self._state = state
         self._hooks = hooks
         self._manager = manager
         self._last = (-1, 0)
@@ -57,12 +66,19 @@ class Checkpoints:
             )
             start_over()
             return _read(self._engine, load_dir, *args, **kwargs)
+        if manager.has_snapshots:
+            raise ConfigError(
+                "mnemosyne cannot protect engine.load_checkpoint behind the first "
+                "step with ZeRO or a pipeline yet: a recovery would go back to what "
+                "was there before it; call it in front of the first step"
+            )
         # A newcomer does none of its collectives.
         manager.mesh.hold_replay(True)
         try:
             result = self._load(load_dir, *args, **kwargs)
         finally:
             manager.mesh.hold_replay(False)
+        self._state.loaded()
         if result[0] is not None:
             manager.checkpoint = str(Path(result[0]).parent)
         return result

@@ -139,6 +139,9 @@ class EngineState:
         """As a Shard: nothing follows from the state of other ranks."""
         self.reset()
 
+    def loaded(self) -> None:
+        """A checkpoint was loaded."""
+
     def reset(self) -> None:
         """Drop the gradients of an unwound step."""
         self._engine.zero_grad()

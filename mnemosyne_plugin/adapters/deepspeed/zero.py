@@ -306,6 +306,10 @@ class ZeroState:
 
     # --- for the hooks ---------------------------------------------------------------
 
+    def loaded(self) -> None:
+        """A checkpoint was loaded; torch's optimizer has other groups after that."""
+        self._groups = self.optimizer.param_groups
+
     def reset(self) -> None:
         """Drop what an unwound step has left in the optimizer."""
         # A stage 1 or 2 optimizer hides all groups but one while it steps that one.
