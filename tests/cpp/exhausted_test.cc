@@ -45,6 +45,7 @@ TEST(those_that_were_submitted_behind_it_end_too) {
   auto bad = TestOperation::make(kNoSuchKind, groups[0]);
   auto behind = TestOperation::make(Kind::kBarrier, groups[0]);
   // Another thread submits them while the engine is held: one list.
+  bad->is_helping = behind->is_helping = false;  // it may not have done so yet
   Hook hook([&] {
     std::thread([&] {
       world.start(bad);

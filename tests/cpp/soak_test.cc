@@ -126,7 +126,8 @@ void soak(bool use_shm) {
             << after.heap_bytes << " B, private " << before.rss_bytes << " -> "
             << after.rss_bytes << " B" << std::endl;
   EXPECT_EQ(after.links_open, int64_t{kRanks - 1});
-  EXPECT_EQ(after.fds, before.fds);
+  // A connection may be on its way in; a leak would show 800 times.
+  EXPECT(after.fds <= before.fds + 1);
   EXPECT_EQ(after.threads, before.threads);
   if (kMeasuresMemory) {
     EXPECT(after.rss_bytes < before.rss_bytes + kAllowedGrowth);
