@@ -77,14 +77,11 @@ class Configuration:
 
 CONFIGURATIONS = tuple(Configuration(mode, dtype) for mode in MODES for dtype in DTYPES)
 
-# Each mode, each type and each victim: what `make test` has time for.
+# What `make test` has time for; its other tests kill ranks with ZeRO 0 and 1.
 DIAGONAL = (
-    (Configuration("zero0", "bf16"), "two"),
-    (Configuration("zero1", "bf16"), "first"),
     (Configuration("zero2", "fp16"), "middle"),
     (Configuration("zero3", "fp32"), "last"),
-    (Configuration("pipe", "fp32"), "two"),
-    (Configuration("pipe+zero1", "bf16"), "last"),
+    (Configuration("pipe+zero1", "bf16"), "two"),
 )
 
 

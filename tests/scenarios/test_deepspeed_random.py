@@ -22,8 +22,6 @@ Job = Callable[..., LocalCluster]
     ("seed", "config"),
     [
         (0, "ds_config_gpt"),
-        (1, "ds_config_gpt"),
-        (2, "ds_config_gpt_zero1"),
         (3, "ds_config_gpt_zero1"),
     ],
 )
