@@ -20,7 +20,7 @@ class Config:
 
     replica: ranks with the same state. buddy: snapshots in another rank's memory.
     auto: replicas where all state has some, else buddies. none: nothing is kept, the
-    trainer is left untouched, and a death ends the job.
+    trainer is left untouched, and a death starts the job again, at most three times.
     """
     buddies: int = 1
     """How many other ranks keep a snapshot of each."""

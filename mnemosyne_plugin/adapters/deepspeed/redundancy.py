@@ -63,7 +63,7 @@ class Redundancy:
         if self.kind == "none":
             return (
                 "mnemosyne: NOT protected: mnemosyne.redundancy is 'none', so nothing "
-                "is kept and the death of a worker ends the job"
+                "is kept and the death of a worker starts the job again"
             )
         data = (
             "data position (lines above)"
