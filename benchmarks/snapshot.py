@@ -19,7 +19,7 @@ sys.path.insert(0, str(TRAIN.parent))
 from model import GPT, GPTConfig  # noqa: E402
 
 STAGES = (1, 2, 3)
-# The nursery imports what the workers use in the first ten seconds, on a core of theirs.
+# In the first ten seconds the nursery imports what workers use, on a core of theirs.
 WARM_UP_STEPS = 120
 BYTES_PER_PARAMETER = 12  # an fp32 master and the two moments of Adam
 RESULT = ROOT / "benchmarks" / "results" / "snapshot_2cores_2026-11-24.md"
