@@ -1,12 +1,14 @@
 """The example as a job of two kinds: under Mnemosyne, and plain under torchrun."""
 
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from mnemosyne_plugin.events import read_events
@@ -155,3 +157,17 @@ def recovered_at(lines: list[Line], killed_at: float) -> tuple[int, float]:
             times[line.step].setdefault(line.rank, line.time_s)
     step = min(s for s, of_ranks in times.items() if len(of_ranks) == NUM_RANKS)
     return step, max(times[step].values())
+
+
+def step_ms(job: Job, warm_up_steps: int) -> float:
+    """Wait for the job; return its median time of a step behind the warm-up.
+
+    By the time stamps of rank 0.
+    """
+    try:
+        job.wait()
+    finally:
+        job.close()
+    times = [line.time_s for line in job.lines() if line.rank == 0][warm_up_steps:]
+    steps = (after - before for before, after in pairwise(times))
+    return 1e3 * statistics.median(steps)

@@ -8,10 +8,9 @@ import argparse
 import statistics
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 
-from jobs import Job, plain, protected
+from jobs import plain, protected, step_ms
 
 WARM_UP_STEPS = 40
 """Meanwhile the standby imports what the workers use, which takes a core."""
@@ -27,8 +26,10 @@ def main() -> None:
     pairs = []
     with tempfile.TemporaryDirectory(prefix="mnemosyne-bench-") as name:
         for pair in range(args.pairs):
-            without = step_ms(plain(Path(name, f"plain-{pair}"), args.steps))
-            with_us = step_ms(protected(Path(name, f"mnemosyne-{pair}"), args.steps))
+            theirs = plain(Path(name, f"plain-{pair}"), args.steps)
+            without = step_ms(theirs, WARM_UP_STEPS)
+            ours = protected(Path(name, f"mnemosyne-{pair}"), args.steps)
+            with_us = step_ms(ours, WARM_UP_STEPS)
             pairs.append((without, with_us))
             ratio = with_us / without
             print(f"| {pair + 1} | {without:.1f} | {with_us:.1f} | {ratio:.3f} |")
@@ -37,17 +38,6 @@ def main() -> None:
     )
     ratio = statistics.median(ours / theirs for theirs, ours in pairs)
     print(f"| median | {without:.1f} | {with_us:.1f} | {ratio:.3f} |")
-
-
-def step_ms(job: Job) -> float:
-    """Return the median time of a step, by the time stamps of rank 0."""
-    try:
-        job.wait()
-    finally:
-        job.close()
-    times = [line.time_s for line in job.lines() if line.rank == 0][WARM_UP_STEPS:]
-    steps = (after - before for before, after in pairwise(times))
-    return 1e3 * statistics.median(steps)
 
 
 def parse_args() -> argparse.Namespace:

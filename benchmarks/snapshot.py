@@ -9,10 +9,9 @@ import json
 import statistics
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 
-from jobs import CONFIGS, NUM_RANKS, ROOT, TRAIN, Job, protected
+from jobs import CONFIGS, NUM_RANKS, ROOT, TRAIN, protected, step_ms
 from mnemosyne_plugin.events import read_events
 
 sys.path.insert(0, str(TRAIN.parent))
@@ -58,7 +57,7 @@ def row(folder: Path, stage: int, num_pairs: int, steps: int, least: float) -> s
             job = protected(
                 place / "run", steps, config(place, stage, redundancy), num_standbys=0
             )
-            times.append(step_ms(job))
+            times.append(step_ms(job, WARM_UP_STEPS))
             sent += [
                 event.fields["sent_bytes"]
                 for event in read_events(place / "run")
@@ -82,17 +81,6 @@ def config(folder: Path, stage: int, redundancy: str) -> Path:
     path = folder / "ds_config.json"
     path.write_text(json.dumps(values))
     return path
-
-
-def step_ms(job: Job) -> float:
-    """Return the median time of a step, by the time stamps of rank 0."""
-    try:
-        job.wait()
-    finally:
-        job.close()
-    times = [line.time_s for line in job.lines() if line.rank == 0][WARM_UP_STEPS:]
-    steps = (after - before for before, after in pairwise(times))
-    return 1e3 * statistics.median(steps)
 
 
 def report(table: list[str], args: argparse.Namespace) -> str:

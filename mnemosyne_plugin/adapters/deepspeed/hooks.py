@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from mnemosyne_plugin.adapters.deepspeed.redo import Commit, Redo
 from mnemosyne_plugin.adapters.deepspeed.state import EngineState, reset_timers
 from mnemosyne_plugin.adapters.deepspeed.zero import ZeroState
 from mnemosyne_plugin.ccl.intercept import num_collectives
@@ -56,10 +57,6 @@ def check_methods(engine: Any, targets: Mapping[str, tuple[str, ...]]) -> None:
                 f"DeepSpeed engine.{name} takes {got}, this version expects {want}; "
                 "want DeepSpeed 0.19.8 to 0.19.x"
             )
-
-
-class Redo(BaseException):
-    """Unwinds a doomed step; not an Exception, so that the engine lets it pass."""
 
 
 @dataclass(slots=True)
@@ -115,7 +112,7 @@ class EngineHooks:
         self._gathers_in_forward = engine.zero_optimization_partition_weights()
         self._steps: list[_Step] = []  # those that may have to be made again
         self._is_in_step = False  # the last one is under way
-        self._is_committed = False
+        self._commit = Commit(manager)
 
     def install(self) -> None:
         """Put the wrappers in place."""
@@ -154,7 +151,7 @@ class EngineHooks:
         while True:
             self._manager.phase("forward")
             try:
-                with self._doomed_steps_unwound():
+                with self._commit.unwound():
                     output = self._forward(*args, **kwargs)
                 if not (self._gathers_in_forward and self._manager.has_failed):
                     break
@@ -196,12 +193,9 @@ class EngineHooks:
         """Mutate, from reduced gradients; raises Redo with nothing left of it."""
         scalars = self._state.engine_scalars
         scalars.mark()
-        self._is_committed = False
         try:
-            with self._doomed_steps_unwound():
+            with self._commit.due():
                 self._take_model_step(step.lr_kwargs)
-                if not self._is_committed:  # skipped, because a gradient overflowed
-                    self._commit()
             scalars.unmark()
             scalars.note_begin(self._engine.micro_steps + 1)
             if self._manager.end() is Outcome.REDO:
@@ -213,14 +207,6 @@ class EngineHooks:
         self._state.buffers.end()
         horizon = self._manager.horizon
         self._steps = [step for step in self._steps if step.number >= horizon]
-
-    def _commit(self, *_: Any) -> None:
-        # ZeRO steps its torch optimizer once for each group of parameters.
-        if self._is_committed:
-            return
-        if self._manager.commit() is Outcome.REDO:
-            raise Redo
-        self._is_committed = True
 
     def catch_up(self) -> None:
         """Repair the job, and make all steps again that it has gone back behind.
@@ -257,7 +243,7 @@ class EngineHooks:
         self._state.buffers.begin()
         self._state.engine_scalars.note_begin(step.micro_batches[0].micro_step)
         for micro_batch in step.micro_batches:
-            with self._doomed_steps_unwound():
+            with self._commit.unwound():
                 self._run_again(micro_batch)
         if step.rng_at_step is not None:
             restore_rng(step.rng_at_step)
@@ -293,19 +279,6 @@ class EngineHooks:
             )
             engine._backward_epilogue()
         self._manager.collect()
-
-    @contextmanager
-    def _doomed_steps_unwound(self) -> Iterator[None]:
-        """Turn an error into Redo where a failure may be what has caused it.
-
-        What a failed collective leaves is no data, and the engine may find that out.
-        """
-        try:
-            yield
-        except Exception:
-            if not self._manager.has_failed:
-                raise
-            raise Redo from None
 
     def _with_phase(
         self,

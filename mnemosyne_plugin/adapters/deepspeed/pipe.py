@@ -4,12 +4,12 @@
 it as an exception. What a redo needs are the micro-batches that it has loaded.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mnemosyne_plugin.adapters.deepspeed.hooks import Redo, check_methods
+from mnemosyne_plugin.adapters.deepspeed.hooks import check_methods
+from mnemosyne_plugin.adapters.deepspeed.redo import Commit, Redo
 from mnemosyne_plugin.adapters.deepspeed.state import EngineState, reset_timers
 from mnemosyne_plugin.adapters.deepspeed.zero import ZeroState
 from mnemosyne_plugin.errors import ConfigError
@@ -66,7 +66,7 @@ class PipelineHooks:
         self._is_in_step = False  # the last one is under way
         self._current: _Step | None = None
         self._num_replayed = 0
-        self._is_committed = False
+        self._commit = Commit(manager)
 
     def install(self) -> None:
         """Put the wrappers in place."""
@@ -145,12 +145,10 @@ class PipelineHooks:
         scalars = self._state.engine_scalars
         scalars.note_begin(self._engine.micro_steps)
         scalars.mark()
-        self._current, self._num_replayed, self._is_committed = step, 0, False
+        self._current, self._num_replayed = step, 0
         try:
-            with self._doomed_steps_unwound():
+            with self._commit.due():
                 loss = self._train_batch()
-                if not self._is_committed:  # skipped, because a gradient overflowed
-                    self._commit()
             scalars.unmark()
             scalars.note_begin(self._engine.micro_steps)
             if self._manager.end() is Outcome.REDO:
@@ -179,22 +177,6 @@ class PipelineHooks:
         engine._force_grad_boundary = False
         reset_timers(engine)
         self._state.reset()
-
-    def _commit(self, *_: Any) -> None:
-        if self._is_committed:
-            return
-        if self._manager.commit() is Outcome.REDO:
-            raise Redo
-        self._is_committed = True
-
-    @contextmanager
-    def _doomed_steps_unwound(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception:
-            if not self._manager.has_failed:
-                raise
-            raise Redo from None
 
     def _with_phase(
         self, phase: str | None, method: Callable[..., Any]

@@ -1,0 +1,52 @@
+"""What the hooks of all engines share: the commit of a step, and its unwinding."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mnemosyne_plugin.recovery.commit import Outcome
+from mnemosyne_plugin.recovery.manager import Manager
+
+
+class Redo(BaseException):
+    """Unwinds a doomed step; not an Exception, so that the engine lets it pass."""
+
+
+class Commit:
+    """The commit of one step after the other."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+        self._is_done = False
+
+    @contextmanager
+    def due(self) -> Iterator[None]:
+        """Commit in the block at the latest; raises Redo if the step is doomed."""
+        self._is_done = False
+        with self.unwound():
+            yield
+            self()  # the mutation was skipped, because a gradient overflowed
+
+    def __call__(self, *_: Any) -> None:
+        """Vote, if this step has not: a hook in front of an optimizer's mutation.
+
+        ZeRO steps its torch optimizer once for each group of parameters.
+        """
+        if self._is_done:
+            return
+        if self._manager.commit() is Outcome.REDO:
+            raise Redo
+        self._is_done = True
+
+    @contextmanager
+    def unwound(self) -> Iterator[None]:
+        """Turn an error into Redo where a failure may be what has caused it.
+
+        What a failed collective leaves is no data, and the engine may find that out.
+        """
+        try:
+            yield
+        except Exception:
+            if not self._manager.has_failed:
+                raise
+            raise Redo from None
