@@ -6,7 +6,10 @@ from typing import Any
 
 from mnemosyne_plugin.errors import ConfigError
 
-REDUNDANCIES = ("auto", "replica", "buddy", "none")
+_CHOICES = {
+    "redundancy": ("auto", "replica", "buddy", "none"),
+    "on_state_lost": ("stop", "restart"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +31,12 @@ class Config:
     """Steps from one snapshot to the next; up to twice as many are made again."""
     checkpoint_dir: str = ""
     """Where a job that is told to end by a signal saves its state first."""
+    on_state_lost: str = "stop"
+    """What happens when state is lost with all who held a copy of it.
+
+    stop: the job ends. restart: all workers start again, at most three times or
+    --max-restarts, and the script loads its newest checkpoint.
+    """
 
     @classmethod
     def from_section(cls, section: object) -> "Config":
@@ -54,8 +63,8 @@ def _check(key: str, value: Any, want: Any) -> None:
         expected = "a whole number, 1 or more"
     elif want is str and not isinstance(value, str):
         expected = "text"
-    elif key == "redundancy" and value not in REDUNDANCIES:
-        expected = f"one of {', '.join(REDUNDANCIES)}"
+    elif value not in _CHOICES.get(key, (value,)):
+        expected = f"one of {', '.join(_CHOICES[key])}"
     else:
         return
     raise ConfigError(f"ds_config: mnemosyne.{key} must be {expected}, got {value!r}")

@@ -1,5 +1,6 @@
 """Fixtures for all tests; tests/cluster.py holds the jobs of real processes."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any
 import pytest
 
 from cluster import LocalCluster, training
+
+# Jobs inherit it; a shell's background command, as of CI, would have it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

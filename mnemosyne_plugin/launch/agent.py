@@ -203,6 +203,7 @@ class Agent:
         elif kind == "failed":
             worker.traceback = message["traceback"]
             worker.is_fatal = message["fatal"]
+            worker.is_state_lost = message["is_state_lost"]
         elif rank < 0:
             raise MnemosyneError(
                 f"worker {worker.worker_id} sent {kind} without a rank"
@@ -213,7 +214,8 @@ class Agent:
         elif kind == "modules":
             self._force.preload(message["names"])
         elif kind == "protected":
-            self._tell(Protected(attempt=attempt, rank=rank))
+            may_restart = message["may_restart"]
+            self._tell(Protected(attempt=attempt, rank=rank, may_restart=may_restart))
             self._emit("protected", worker)
         elif kind == "link_lost":
             lost, epoch = message["lost_rank"], message["epoch"]
@@ -245,6 +247,7 @@ class Agent:
                     exit_code=exit_code,
                     traceback=worker.traceback,
                     fatal=worker.is_fatal,
+                    is_state_lost=worker.is_state_lost,
                 )
             )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from mnemosyne_plugin.errors import FatalError, PeerLost
+from mnemosyne_plugin.errors import FatalError, NoSourceForState, PeerLost
 from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.recovery.channel import Channel
 from mnemosyne_plugin.recovery.membership import Membership
@@ -136,7 +136,12 @@ def _fail(error: BaseException, channel: Channel) -> None:
         except OSError as problem:
             logger.warning("cannot write the error file: %s", problem)
     try:
-        channel.send("failed", traceback=text, fatal=isinstance(error, FatalError))
+        channel.send(
+            "failed",
+            traceback=text,
+            fatal=isinstance(error, FatalError),
+            is_state_lost=isinstance(error, NoSourceForState),
+        )
         sys.stdout.flush()
         sys.stderr.flush()
     finally:

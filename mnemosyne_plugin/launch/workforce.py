@@ -45,6 +45,7 @@ class Worker:
     """The agent wants it to end; it counts no more."""
     traceback: str = ""
     is_fatal: bool = False
+    is_state_lost: bool = False
     can_save: bool = False
     """It saves the job's state in front of its next step, if it is asked to."""
     exit_code: int = 0

@@ -46,7 +46,7 @@ from mnemosyne_plugin.state.snapshot import (
     receive_refill,
 )
 from mnemosyne_plugin.state.transfer import (
-    receive_blob,
+    IncomingBlob,
     receive_state,
     send_blob,
     send_state,
@@ -54,7 +54,7 @@ from mnemosyne_plugin.state.transfer import (
 
 logger = logging.getLogger(__name__)
 
-_NUM_BUDDIES = 2  # so that a rank and its neighbour may be lost at once
+_NUM_BUDDIES = 2  # without shards: a rank and its neighbour may be lost at once
 _TIMEOUT_S = 1800.0  # longest wait for a membership: a fresh worker may be starting
 _LOCAL_TAG = 121
 
@@ -181,6 +181,7 @@ class Manager:
         num_buddies: int = 1,
         snapshot_every: int = 1,
         on_footprint: Callable[[Footprint], None] | None = None,
+        may_restart: bool = False,
     ) -> None:
         """Protect this state. On a newcomer it returns with the job's state in place.
 
@@ -190,6 +191,7 @@ class Manager:
         shard: what only this rank has; its buddies keep snapshots of it.
         redo: makes the steps from ``version`` on again, where the job went back.
         on_footprint: called once, when a snapshot of a made step is where it belongs.
+        may_restart: where nobody holds the state any more, all starts again.
         """
         if self._training is not None:
             raise FatalError("one training state per process can be protected")
@@ -198,14 +200,15 @@ class Manager:
         self._shard = shard
         self._redo = redo
         self._on_footprint = on_footprint
+        self._may_restart = may_restart
         if shard is not None:
             ring = (self.rank, self.nodes, num_buddies)
-            if num_buddies > _NUM_BUDDIES:  # else fewer deaths lose the random state
-                self._mirrors = Mirrors(buddies(*ring), wards(*ring))
+            # What loses a shard loses the job: its random state need not live longer.
+            self._mirrors = Mirrors(buddies(*ring), wards(*ring))
             self._snapshots = Snapshots(buddies(*ring), wards(*ring), snapshot_every)
             self._mirrors.num_kept = 2 * snapshot_every + 1
         if shard is None or self._is_newcomer:
-            self._agent.send("protected", step=self.version)
+            self._tell_protected()
         self._agent.send("modules", names=list(sys.modules))
         if self._is_newcomer:
             self._events.emit("setup_done", epoch=self.mesh.epoch, rank=self.rank)
@@ -287,7 +290,10 @@ class Manager:
         self._snapshots.take(self.version, self._shard)
         self._snapshots.complete(self.version)
         self._is_protected_by_snapshot = True
-        self._agent.send("protected", step=self.version)
+        self._tell_protected()
+
+    def _tell_protected(self) -> None:
+        self._agent.send("protected", may_restart=self._may_restart)
 
     def commit(self) -> Outcome:
         """Vote, in front of the first mutation; all reductions are done.
@@ -594,7 +600,7 @@ class Manager:
                     self._control, pickle.dumps(pair), newcomer, _LOCAL_TAG
                 )
             elif newcomer == self.rank:
-                packs[source] = receive_blob(self._control, source, _LOCAL_TAG)
+                packs[source] = IncomingBlob(self._control, source, _LOCAL_TAG).wait()
         begun = time.monotonic()
         for newcomer, source in decision.shard_sources.items():
             if source == self.rank:

@@ -87,6 +87,8 @@ class Exited:
     traceback: str = ""
     fatal: bool = False
     """The worker met an error that no new worker can mend."""
+    is_state_lost: bool = False
+    """The error was that nobody holds the job's state any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +115,8 @@ class Protected:
 
     attempt: int
     rank: int
+    may_restart: bool = False
+    """The job shall start again where its state is lost: it loads a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,6 +237,8 @@ class Job:
     logged: frozenset[int] = frozenset()
     protected: frozenset[int] = frozenset()
     done: frozenset[int] = frozenset()
+    may_restart: bool = False
+    """The user wants a restart where the state is lost."""
     newcomers: frozenset[int] = frozenset()
     """Ranks seated in training that did not report their state as attached yet."""
     raised: frozenset[int] = frozenset()
@@ -283,10 +289,10 @@ def apply(job: Job, evidence: Evidence) -> Verdict:
             return _recover(job, "a link broke between living workers")
         case SetupLogged(rank=rank):
             return replace(job, logged=job.logged | {rank}), (), "set-up done"
-        case Protected(rank=rank):
+        case Protected(rank=rank, may_restart=may_restart):
             protected, newcomers = job.protected | {rank}, job.newcomers - {rank}
             job = replace(job, protected=protected, newcomers=newcomers)
-            return job, (), "state attached"
+            return replace(job, may_restart=may_restart), (), "state attached"
         case Done(rank=rank):
             return _done(replace(job, done=job.done | {rank}))
         case AgentLost(agent=agent, reason=why):
@@ -339,6 +345,8 @@ def _exited(job: Job, evidence: Exited) -> Verdict:
         return _unseated_exited(job, evidence)
     what = f"rank {rank} {_how(evidence.exit_code)}"
     job = replace(job, seats=_put(job.seats, rank, None))
+    if evidence.is_state_lost and job.may_restart:
+        return _restart(job, what, _restart_limit(job), rank, evidence)
     if evidence.fatal:
         return _finish(job, 3, f"{what}: no new worker can mend this", rank, evidence)
     if evidence.exit_code == 0:
@@ -365,24 +373,33 @@ def _unseated_exited(job: Job, evidence: Exited) -> Verdict:
 def _lost_before_training(job: Job, what: str, rank: int, dead: Exited) -> Verdict:
     in_setup = len(job.logged) < len(job.seats)
     limit = job.max_restarts or 0
-    if in_setup and dead.exit_code < 0 and job.max_restarts is None:
-        limit = SETUP_RESTARTS
-    where = "in set-up" if in_setup else "in a job that nothing protects"
+    if in_setup and dead.exit_code < 0:
+        limit = _restart_limit(job)
+    if in_setup:
+        return _restart(job, f"{what} in set-up", limit, rank, dead)
+    what += " in a job that nothing protects"
     if job.attempt < limit:
-        reason = f"{what} {where}; restart {job.attempt + 1} of {limit}"
-        attempt = job.attempt + 1
-        fresh = replace(new_job(job.procs, job.max_restarts), epoch=job.epoch)
-        return (
-            replace(fresh, attempt=attempt),
-            (Restart(attempt=attempt, reason=reason),),
-            reason,
-        )
-    advice = (
-        ""
-        if in_setup
-        else ("; add a mnemosyne section to ds_config, or call mnemosyne_plugin.attach")
+        return _restart(job, what, limit, rank, dead)
+    advice = "add a mnemosyne section to ds_config, or call mnemosyne_plugin.attach"
+    return _finish(job, 1, f"{what}; {advice}", rank, dead)
+
+
+def _restart_limit(job: Job) -> int:
+    return SETUP_RESTARTS if job.max_restarts is None else job.max_restarts
+
+
+def _restart(job: Job, what: str, limit: int, rank: int, dead: Exited) -> Verdict:
+    """Start the whole job again, or end it if that was done ``limit`` times."""
+    if job.attempt >= limit:
+        return _finish(job, 3 if dead.is_state_lost else 1, what, rank, dead)
+    attempt = job.attempt + 1
+    reason = f"{what}; restart {attempt} of {limit}"
+    fresh = replace(new_job(job.procs, job.max_restarts), epoch=job.epoch)
+    return (
+        replace(fresh, attempt=attempt),
+        (Restart(attempt=attempt, reason=reason),),
+        reason,
     )
-    return _finish(job, 1, f"{what} {where}{advice}", rank, dead)
 
 
 def _lost_in_training(job: Job, what: str, rank: int, dead: Exited) -> Verdict:
@@ -393,10 +410,11 @@ def _lost_in_training(job: Job, what: str, rank: int, dead: Exited) -> Verdict:
         job = replace(job, raised=raised, cause=job.cause or dead)
     if all(m is None or r in job.newcomers for r, m in enumerate(job.seats)):
         cause = job.cause or dead
-        code = 1 if cause.exit_code > 0 else 3
-        return _finish(
-            job, code, f"{what}; nobody is left who holds state", rank, cause
-        )
+        what = f"{what}; nobody is left who holds state"
+        if job.may_restart:
+            lost = replace(cause, is_state_lost=True)
+            return _restart(job, what, _restart_limit(job), rank, lost)
+        return _finish(job, 1 if cause.exit_code > 0 else 3, what, rank, cause)
     return _recover(job, what)
 
 

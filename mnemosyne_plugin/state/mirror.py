@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mnemosyne_plugin.errors import RecoverableError, StateMismatch
-from mnemosyne_plugin.state.transfer import Endpoint, receive_blob, send_blob
+from mnemosyne_plugin.state.transfer import Endpoint, IncomingBlob, send_blob
 
 _AFTER_TAG, _BEGIN_TAG = 111, 112
 _HEADER_BYTES = 16  # version and length, little-endian int64 each
@@ -71,10 +71,13 @@ class Mirrors:
         content = version.to_bytes(8, "little") + self._own.get(version, b"")
         works = self._sends
         self._sends = []
+        incoming = {
+            ward: IncomingBlob(self._endpoint, ward, _AFTER_TAG) for ward in self._wards
+        }
         for buddy in self._buddies:
             works += send_blob(self._endpoint, content, buddy, _AFTER_TAG)
-        for ward in self._wards:
-            blob = receive_blob(self._endpoint, ward, _AFTER_TAG)
+        for ward, message in incoming.items():
+            blob = message.wait()
             if blob[8:]:
                 self._after[ward][int.from_bytes(blob[:8], "little")] = blob[8:]
                 self._forget(self._after[ward])

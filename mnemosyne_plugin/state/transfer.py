@@ -29,22 +29,41 @@ class Endpoint(Protocol):
 
 
 _HEAD_TAG, _STRIPE_TAG, _SEAL_TAG = 101, 102, 103
+# Of a blob: one message is enough for a rank's random state, which has 12 kB.
+_FIRST_BYTES = 1 << 14
+_LENGTH_BYTES = 8
 
 
 def send_blob(endpoint: Endpoint, blob: bytes, dst: int, tag: int) -> list[Any]:
-    """Start sending ``blob`` after its length; returns the works to wait for."""
-    length = torch.tensor([len(blob)], dtype=torch.int64)
-    payload = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
-    return [endpoint.send([length], dst, tag), endpoint.send([payload], dst, tag)]
+    """Start sending ``blob``; returns the works to wait for."""
+    first = torch.zeros(_FIRST_BYTES, dtype=torch.uint8)
+    content = len(blob).to_bytes(_LENGTH_BYTES, "little") + blob
+    payload = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    first[: len(payload)] = payload[:_FIRST_BYTES]
+    works = [endpoint.send([first], dst, tag)]
+    if len(payload) > _FIRST_BYTES:
+        works.append(endpoint.send([payload[_FIRST_BYTES:]], dst, tag))
+    return works
 
 
-def receive_blob(endpoint: Endpoint, src: int, tag: int) -> bytes:
-    """Wait for what ``send_blob`` of rank ``src`` sends. ``blob`` is not empty."""
-    length = torch.zeros(1, dtype=torch.int64)
-    endpoint.recv([length], src, tag).wait()
-    payload = torch.empty(int(length[0]), dtype=torch.uint8)
-    endpoint.recv([payload], src, tag).wait()
-    return bytes(payload.numpy())
+class IncomingBlob:
+    """What ``send_blob`` of another rank sends: expected from now on."""
+
+    def __init__(self, endpoint: Endpoint, src: int, tag: int) -> None:
+        self._endpoint, self._src, self._tag = endpoint, src, tag
+        self._first = torch.empty(_FIRST_BYTES, dtype=torch.uint8)
+        self._work = endpoint.recv([self._first], src, tag)
+
+    def wait(self) -> bytes:
+        """Return the blob as soon as it is here."""
+        self._work.wait()
+        first = bytes(self._first.numpy())
+        end = _LENGTH_BYTES + int.from_bytes(first[:_LENGTH_BYTES], "little")
+        if end <= _FIRST_BYTES:
+            return first[_LENGTH_BYTES:end]
+        rest = torch.empty(end - _FIRST_BYTES, dtype=torch.uint8)
+        self._endpoint.recv([rest], self._src, self._tag).wait()
+        return first[_LENGTH_BYTES:] + bytes(rest.numpy())
 
 
 def send_state(
@@ -84,7 +103,9 @@ def receive_state(
 
     Raises StateMismatch where contents or structure differ from what was sent.
     """
-    manifest, scalars = pickle.loads(receive_blob(endpoint, sources[0], _HEAD_TAG))
+    manifest, scalars = pickle.loads(
+        IncomingBlob(endpoint, sources[0], _HEAD_TAG).wait()
+    )
     tensors = state.allocate(manifest)
     if describe(tensors) != manifest:
         raise StateMismatch("newcomer holds its tensors in another order")

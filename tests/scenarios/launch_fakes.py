@@ -45,7 +45,7 @@ class Manager:
     def protect(self) -> None:
         if not self.is_newcomer:
             self.channel.send("setup_log", data="bG9n")
-        self.channel.send("protected", step=0)
+        self.channel.send("protected", may_restart=False)
 
     def tell_modules(self, names: list[str]) -> None:
         self.channel.send("modules", names=names)

@@ -151,6 +151,30 @@ def test_a_rank_lost_with_its_buddy_ends_the_job_and_names_the_checkpoint(
     job.check_nothing_is_left()
 
 
+@pytest.mark.timeout(240)
+def test_a_job_that_may_restart_goes_on_from_its_checkpoint(
+    cluster: Job, tmp_path: Path
+) -> None:
+    folders = {name: tmp_path / name for name in ("healthy", "killed")}
+    for folder in folders.values():
+        folder.mkdir()
+    args = options(folders["healthy"], 1)
+    healthy = cluster(folder=folders["healthy"], script=SEEDED, script_args=args)
+    assert healthy.wait(90) == [0], healthy.output()
+    job = cluster(
+        folder=folders["killed"],
+        script=SEEDED,
+        script_args=options(folders["killed"], 1, on_state_lost="restart"),
+        chaos=[f"kill rank={rank} step=6 phase=backward" for rank in (1, 2)],
+        num_standbys=2,
+    )
+    assert job.wait(120) == [0], job.output()
+    assert "NoSourceForState: the shards of ranks [1] are lost" in job.output()
+    assert len(job.events("restarted")) == 1
+    assert_same(job, healthy)
+    job.check_nothing_is_left()
+
+
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_job_told_to_end_leaves_a_checkpoint_that_plain_deepspeed_goes_on_from(

@@ -59,7 +59,11 @@ class World:
         )
 
     def exit(
-        self, rank: int, exit_code: int = KILLED, fatal: bool = False
+        self,
+        rank: int,
+        exit_code: int = KILLED,
+        fatal: bool = False,
+        is_state_lost: bool = False,
     ) -> tuple[Decision, ...]:
         member = self.job.seats[rank]
         assert member is not None
@@ -70,6 +74,7 @@ class World:
                 worker_id=member.worker_id,
                 exit_code=exit_code,
                 fatal=fatal,
+                is_state_lost=is_state_lost,
             )
         )
 
@@ -78,10 +83,11 @@ class World:
             for _ in range(count):
                 self.ready(agent)
 
-    def protect(self) -> None:
+    def protect(self, may_restart: bool = False) -> None:
         for rank in range(len(self.job.seats)):
-            self.see(SetupLogged(attempt=self.job.attempt, rank=rank))
-            self.see(Protected(attempt=self.job.attempt, rank=rank))
+            attempt = self.job.attempt
+            self.see(SetupLogged(attempt=attempt, rank=rank))
+            self.see(Protected(attempt=attempt, rank=rank, may_restart=may_restart))
 
 
 def training(*procs: int, max_restarts: int | None = None) -> World:
@@ -259,6 +265,28 @@ def test_an_exception_is_recovered_once() -> None:
 
 def test_an_error_that_no_worker_can_mend_ends_the_job() -> None:
     assert end(training(2).exit(1, RAISED, fatal=True)) == 3
+
+
+def test_lost_state_ends_the_job_unless_it_may_restart() -> None:
+    lost = {"fatal": True, "is_state_lost": True}
+    assert end(training(2).exit(1, RAISED, **lost)) == 3
+    world = World(2)
+    for attempt in range(SETUP_RESTARTS):
+        world.fill()
+        world.protect(may_restart=True)
+        assert isinstance(world.exit(1, RAISED, **lost)[0], Restart)
+        assert world.job.attempt == attempt + 1
+    world.fill()
+    world.protect(may_restart=True)
+    assert end(world.exit(1, RAISED, **lost)) == 3
+
+
+def test_all_ranks_killed_at_once_are_lost_state_too() -> None:
+    world = World(2)
+    world.fill()
+    world.protect(may_restart=True)
+    world.exit(0)
+    assert isinstance(world.exit(1)[0], Restart)
 
 
 def test_max_restarts_bounds_recoveries() -> None:

@@ -104,9 +104,10 @@ def attach(engine: Any) -> None:
         print(redundancy.start_line(has_loader=bool(positions())), flush=True)
     kind = pipe.PipelineHooks if is_pipeline else hooks.EngineHooks
     engine_hooks = kind(engine, state, manager)
+    may_restart = config.on_state_lost == "restart"
     if redundancy.kind == "replica":
         assert isinstance(state, EngineState)
-        manager.attach(state, positions())
+        manager.attach(state, positions(), may_restart=may_restart)
     else:
         manager.attach(
             state.replicated(),
@@ -116,6 +117,7 @@ def attach(engine: Any) -> None:
             num_buddies=config.buddies,
             snapshot_every=config.snapshot_every,
             on_footprint=partial(_tell, redundancy) if is_to_speak else None,
+            may_restart=may_restart,
         )
     engine_hooks.install()
     Checkpoints(engine, state, engine_hooks, manager, config.checkpoint_dir).install()
