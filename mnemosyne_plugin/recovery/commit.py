@@ -88,7 +88,7 @@ class Decision:
     roll_forward: tuple[int, ...]
     """Ranks one behind: they voted, so they go on with the mutation."""
     local_sources: Mapping[int, int]
-    """Newcomer -> rank that sends it its own local state."""
+    """Newcomer -> rank that sends it its own local state, or what is newer of it."""
     shard_sources: Mapping[int, int] = field(default_factory=dict)
     """Newcomer -> rank that sends it its own shard."""
 
@@ -154,11 +154,7 @@ def _decide_for_shards(holders: Sequence[Report], newcomers: Sequence[int]) -> D
                 sources=tuple(report.rank for report in holders),
                 newcomers=tuple(newcomers),
                 roll_forward=(),
-                local_sources={
-                    newcomer: _local_source(newcomer, target, holders)
-                    for newcomer in newcomers
-                    if target > 0
-                },
+                local_sources=shard_sources if target > 0 else {},
                 shard_sources=shard_sources,
             )
     kept = {ward for report in holders for ward in report.wards if report.wards[ward]}

@@ -7,13 +7,11 @@ back to FENCED under a newer epoch. All methods run on the main thread.
 import base64
 import json
 import logging
-import pickle
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
 
 from mnemosyne_plugin import ccl
 from mnemosyne_plugin.ccl.intercept import group_ids, serve_process_groups
@@ -26,37 +24,18 @@ from mnemosyne_plugin.errors import (
 from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.recovery.agent_link import AgentLink
 from mnemosyne_plugin.recovery.channel import Channel
-from mnemosyne_plugin.recovery.commit import (
-    Decision,
-    Outcome,
-    Report,
-    buddies,
-    decide,
-    wards,
-)
+from mnemosyne_plugin.recovery.commit import Decision, Outcome, Report, decide
 from mnemosyne_plugin.recovery.control import ControlGroup
 from mnemosyne_plugin.recovery.membership import Membership
+from mnemosyne_plugin.recovery.protection import Position, Protection
 from mnemosyne_plugin.state.manifest import TrainingState
-from mnemosyne_plugin.state.mirror import Mirrors, capacity_for
-from mnemosyne_plugin.state.rng import RngState, capture_rng, restore_rng, same_rng
-from mnemosyne_plugin.state.snapshot import (
-    Footprint,
-    Shard,
-    Snapshots,
-    receive_refill,
-)
-from mnemosyne_plugin.state.transfer import (
-    IncomingBlob,
-    receive_state,
-    send_blob,
-    send_state,
-)
+from mnemosyne_plugin.state.rng import capture_rng
+from mnemosyne_plugin.state.snapshot import Footprint, Shard
 
 logger = logging.getLogger(__name__)
 
 _NUM_BUDDIES = 2  # without shards: a rank and its neighbour may be lost at once
 _TIMEOUT_S = 1800.0  # longest wait for a membership: a fresh worker may be starting
-_LOCAL_TAG = 121
 
 
 class State(Enum):
@@ -76,16 +55,6 @@ class Seat:
     membership: Membership
     setup_log: bytes | None
     """The set-up log of the rank's first worker; None for that one itself."""
-
-
-class Position(Protocol):
-    """Where this rank is in its data; the adapter implements it for its loader."""
-
-    def get(self) -> Any:
-        """Return the position behind the last batch handed out. Picklable."""
-
-    def seek(self, position: Any, rng: RngState) -> None:
-        """Hand out the batches behind ``position``; ``rng`` is the state there."""
 
 
 class Manager:
@@ -116,22 +85,14 @@ class Manager:
         self._is_newcomer = seat.setup_log is not None
         self._has_voted = False
         self._state = State.RUNNING
-        self._training: TrainingState | None = None
-        self._position: Position | None = None
-        self._rng: RngState | None = None
-        self._begin_rng: RngState | None = None
-        self._has_moved_between = False
+        self._protection: Protection | None = None
         self._is_first_step = self._is_newcomer
         self.nodes = [member.agent for member in seat.membership.members]
         """The node that each rank is on."""
-        ring = (self.rank, self.nodes, _NUM_BUDDIES)
-        self._mirrors = Mirrors(buddies(*ring), wards(*ring))
-        self._shard: Shard | None = None
         self._redo: Callable[[], None] | None = None
-        self._is_protected_by_snapshot = False
         self._on_footprint: Callable[[Footprint], None] | None = None
         self._has_told_footprint = False
-        self._is_clean = True
+        self._has_told_protection = False
         self._furthest = 0
         self.horizon = 0
         """Steps before this one are never made again."""
@@ -193,22 +154,24 @@ class Manager:
         on_footprint: called once, when a snapshot of a made step is where it belongs.
         may_restart: where nobody holds the state any more, all starts again.
         """
-        if self._training is not None:
+        if self._protection is not None:
             raise FatalError("one training state per process can be protected")
-        self._training = training
-        self._position = position
-        self._shard = shard
+        self._protection = Protection(
+            training,
+            position,
+            shard,
+            rank=self.rank,
+            nodes=self.nodes,
+            # What loses a shard loses the job: packs need not live longer.
+            num_buddies=_NUM_BUDDIES if shard is None else num_buddies,
+            snapshot_every=snapshot_every,
+            control=self._control,
+        )
         self._redo = redo
         self._on_footprint = on_footprint
         self._may_restart = may_restart
-        if shard is not None:
-            ring = (self.rank, self.nodes, num_buddies)
-            # What loses a shard loses the job: its random state need not live longer.
-            self._mirrors = Mirrors(buddies(*ring), wards(*ring))
-            self._snapshots = Snapshots(buddies(*ring), wards(*ring), snapshot_every)
-            self._mirrors.num_kept = 2 * snapshot_every + 1
-        if shard is None or self._is_newcomer:
-            self._tell_protected()
+        if self._is_newcomer or self._protection.is_in_place:
+            self._tell_protection()
         self._agent.send("modules", names=list(sys.modules))
         if self._is_newcomer:
             self._events.emit("setup_done", epoch=self.mesh.epoch, rank=self.rank)
@@ -229,7 +192,10 @@ class Manager:
     @property
     def has_snapshots(self) -> bool:
         """Whether snapshots of earlier steps are what a recovery goes back to."""
-        return self._is_protected_by_snapshot
+        protection = self._protection
+        return (
+            protection is not None and protection.is_sharded and protection.is_in_place
+        )
 
     def barrier(self) -> None:
         """Wait for all ranks; never absorbed."""
@@ -269,30 +235,19 @@ class Manager:
         failure = self.mesh.failure()
         if failure is not None:
             raise failure
-        if self._begin_rng is not None:
-            restore_rng(self._begin_rng)
-            self._begin_rng = None
-        rng = capture_rng()
-        if self._rng is None or not same_rng(rng, self._rng):
-            pack = pickle.dumps(rng)
-            if not self._mirrors.is_connected:
-                self._connect_mirrors(self._control.maximum(len(pack)))
-                self._first_snapshot()
-            self._has_moved_between |= self._rng is not None
-            self._rng = rng
-            self._mirrors.send_begin(self.version, pack)
+        protection = self._protected()
+        protection.begin(self.version)
+        if not self._has_told_protection:
+            self._tell_protection()
         self.mesh.absorb(True)
 
-    def _first_snapshot(self) -> None:
-        if self._shard is None or self._is_protected_by_snapshot:
-            return
-        self._snapshots.connect(self._control, self._control.standing, ())
-        self._snapshots.take(self.version, self._shard)
-        self._snapshots.complete(self.version)
-        self._is_protected_by_snapshot = True
-        self._tell_protected()
+    def _protected(self) -> Protection:
+        if self._protection is None:
+            raise FatalError("a worker was lost before the job was protected")
+        return self._protection
 
-    def _tell_protected(self) -> None:
+    def _tell_protection(self) -> None:
+        self._has_told_protection = True
         self._agent.send("protected", may_restart=self._may_restart)
 
     def commit(self) -> Outcome:
@@ -301,47 +256,38 @@ class Manager:
         COMMIT: mutate now, then call ``end``. REDO: drop the gradients, call
         ``recover``, make the steps from ``version`` on again and call ``commit`` again.
         """
-        rng = capture_rng()
+        protection, rng = self._protected(), capture_rng()
         try:
             failure = self.mesh.failure()
             if failure is not None:
                 raise failure
-            if self.version == self._furthest:  # else it is remembered
-                self._mirrors.remember(self.version + 1, self._pack(rng))
-            self.collect()
-            self._mirrors.exchange(self.version + 1)
-            if self._shard is not None:
-                self._snapshots.complete(self.version)
-                self._tell_footprint()
+            is_new = self.version == self._furthest
+            protection.prepare(self.version, rng, is_new=is_new)
+            self._tell_footprint(protection)
             self.phase("vote")
             self._vote()
         except RecoverableError:
-            if self._shard is not None or self.recover() is Outcome.REDO:
+            if protection.is_sharded or self.recover() is Outcome.REDO:
                 return Outcome.REDO
             # The others have done this mutation, collectives in it included.
             self.mesh.start_replay(b"")
             rng = capture_rng()
-        self._rng = rng
-        self._is_clean = False
-        is_sharded = self._shard is not None
-        self.horizon = (
-            self._snapshots.due(self.version) if is_sharded else self.version + 1
-        )
+        protection.mutate(rng)
+        self.horizon = protection.horizon(self.version)
         self.phase("optimizer")
         return Outcome.COMMIT
 
-    def _tell_footprint(self) -> None:
-        # An optimizer makes its moments in the first step: they count from then on.
-        if self._has_told_footprint or not self._snapshots.due(self.version):
+    def _tell_footprint(self, protection: Protection) -> None:
+        footprint = protection.footprint(self.version)
+        if self._has_told_footprint or footprint is None:
             return
         self._has_told_footprint = True
-        footprint = self._snapshots.footprint()
         fields = {name: getattr(footprint, name) for name in footprint.__slots__}
         self._events.emit(
             "snapshot",
             epoch=self.mesh.epoch,
             rank=self.rank,
-            step=self._snapshots.due(self.version),
+            step=protection.horizon(self.version),
             **fields,
         )
         if self._on_footprint is not None:
@@ -349,9 +295,7 @@ class Manager:
 
     def collect(self) -> None:
         """Take in what buddies have sent, without waiting. Called now and then."""
-        self._mirrors.collect()
-        if self._shard is not None:
-            self._snapshots.collect()
+        self._protected().collect()
 
     def recover(self) -> Outcome:
         """Repair the job if it has failed; tell what to do with the step in hand.
@@ -371,15 +315,14 @@ class Manager:
         REDO, only with a shard: a failure has spoiled the mutation; ``recover``.
         """
         self.mesh.stop_replay()
-        if self._shard is not None and self.has_failed:
+        protection = self._protected()
+        if protection.is_sharded and self.has_failed:
             return Outcome.REDO
         self.mesh.absorb(False)
         self.version += 1
         self._furthest = max(self._furthest, self.version)
         self._has_voted = False
-        self._is_clean = True
-        if self._shard is not None:
-            self._snapshots.take(self.version, self._shard)
+        protection.take(self.version)
         if self._is_first_step:
             self._is_first_step = False
             self._events.emit(
@@ -392,13 +335,13 @@ class Manager:
 
     def finish(self) -> None:
         """The script is done: stay as a source of state until all ranks are."""
-        if self._shard is not None and self._is_protected_by_snapshot:
+        if self.has_snapshots:
             self._settle()
         self._agent.send("done")
         while (membership := self._agent.wait_for_news(None)) is not None:
             if self._agent.is_finished:
                 return
-            if self._training is not None:
+            if self._protection is not None:
                 self._recover()
                 self._settle()
             else:
@@ -406,13 +349,12 @@ class Manager:
 
     def _settle(self) -> None:
         """Behind the last step: make again what was lost, and see it kept."""
-        while self._shard is not None:
+        while True:
             try:
                 if self.version < self._furthest:
                     assert self._redo is not None
                     self._redo()
-                self._mirrors.exchange(self.version)
-                self._snapshots.complete(self.version)
+                self._protected().settle(self.version)
                 return
             except RecoverableError:
                 self._recover()
@@ -451,8 +393,7 @@ class Manager:
 
     def _recover(self) -> Decision:
         """Bring the whole job to one version. Returns when this rank is part of it."""
-        if self._training is None:
-            raise FatalError("a worker was lost before the job was protected")
+        self._protected()
         deadline = time.monotonic() + _TIMEOUT_S
         while True:
             try:
@@ -492,12 +433,8 @@ class Manager:
         decision = self._decide(reports)
         self._enter(State.RESTORING)
         self.phase("recovery")
-        largest = max(report.mirror_bytes for report in reports)
         self._restore(decision)
-        self._connect_mirrors(largest)
-        self._mirrors.exchange(decision.target)
-        if self._shard is not None:
-            self._connect_snapshots(reports, decision.target)
+        self._protected().connect(reports, decision.target)
         self._is_first_step = True
         return decision
 
@@ -523,153 +460,44 @@ class Manager:
         return decision
 
     def _exchange_reports(self) -> list[Report]:
-        self._mirrors.collect_last()
         report = Report(
             rank=self.rank,
             newcomer=self._is_newcomer,
             version=self.version,
             has_voted=self._has_voted,
-            mirrors=self._mirrors.held(),
-            mirror_bytes=len(pickle.dumps(capture_rng())),
             furthest=self._furthest,
             saved=self.saved,
             checkpoint=self.checkpoint,
             is_stopping=self._is_stopping,
+            **self._protected().report(),
         )
-        if self._shard is not None:
-            self._snapshots.collect_last()
-            report = replace(
-                report,
-                is_sharded=True,
-                is_clean=self._is_clean,
-                snapshots=self._snapshots.versions(),
-                wards=self._snapshots.held(),
-            )
         blobs = self._control.gather(json.dumps(report.to_json()).encode())
         return [Report.from_json(json.loads(blob)) for blob in blobs]
 
-    def _connect_mirrors(self, largest_pack_bytes: int) -> None:
-        capacity = capacity_for(largest_pack_bytes)
-        self._mirrors.connect(self._control, self._control.standing, capacity)
-
-    def _connect_snapshots(self, reports: Sequence[Report], target: int) -> None:
-        """Send the snapshot of ``target`` to the buddies that lack it."""
-        assert self._shard is not None
-        newest = self._snapshots.due(target)
-        holders = [r.rank for r in reports if newest in r.wards.get(self.rank, ())]
-        self._snapshots.connect(self._control, self._control.standing, holders)
-        self._is_protected_by_snapshot = True
-
-    def _go_back(self, target: int) -> None:
-        """Bring the shard to ``target``; nobody's mutation is half done then."""
-        assert self._training is not None and self._shard is not None
-        if not self._is_clean or self.version != target:
-            self._is_clean = False
-            self._snapshots.own(target).load(self._shard)
-            self.version = target
-            pack = self._mirrors.own(target)
-            self._rng = pickle.loads(pack)["rng"] if pack else None
-        else:
-            self._training.rewind()
-        self._snapshots.forget_after(target)
-
-    def _rebuild(self) -> None:
-        """With all shards in place, make what follows from them. Collective."""
-        assert self._shard is not None
-        self.mesh.absorb(False)
-        self.mesh.hold_replay(True)
-        try:
-            self._shard.rebuild()
-        finally:
-            self.mesh.hold_replay(False)
-        self._is_clean = True
-
     def _restore(self, decision: Decision) -> None:
-        assert self._training is not None
-        if self.rank in decision.sources:
-            if self._shard is not None:
-                self._go_back(decision.target)
-            else:
-                self._training.rewind()
-        packs: dict[int, bytes] = {}
-        works: list[Any] = []
-        for newcomer, source in decision.local_sources.items():
-            if source == self.rank:
-                pair = self._mirrors.packs_of(newcomer, decision.target)
-                works += send_blob(
-                    self._control, pickle.dumps(pair), newcomer, _LOCAL_TAG
-                )
-            elif newcomer == self.rank:
-                packs[source] = IncomingBlob(self._control, source, _LOCAL_TAG).wait()
         begun = time.monotonic()
-        for newcomer, source in decision.shard_sources.items():
-            if source == self.rank:
-                works += self._snapshots.refill(
-                    self._control, newcomer, decision.target
-                )
-        for newcomer in decision.newcomers:
-            if self.rank in decision.sources:
-                send_state(
-                    self._control,
-                    self._training,
-                    rank=self.rank,
-                    sources=decision.sources,
-                    newcomer=newcomer,
-                )
-        for work in works:
-            work.wait()
-        if self.rank in decision.newcomers:
-            size = receive_state(
-                self._control, self._training, sources=decision.sources
-            )
-            if self._shard is not None:
-                image = receive_refill(self._control, decision.shard_sources[self.rank])
-                self._is_clean = False
-                image.load(self._shard)
-                self._snapshots.adopt(image)
-                size += len(image.data)
+        protection = self._protected()
+        num_bytes = protection.restore(decision, self.version)
+        is_newcomer = self.rank in decision.newcomers
+        if is_newcomer:
+            self._furthest = decision.target
             self._events.emit(
                 "state_received",
                 epoch=self.mesh.epoch,
                 rank=self.rank,
-                bytes=size,
+                bytes=num_bytes,
                 seconds=time.monotonic() - begun,
             )
-            for pair_bytes in packs.values():
-                self._take_local(decision.target, *pickle.loads(pair_bytes))
-            self.version = self._furthest = decision.target
-        if self._shard is not None:
-            self._rebuild()
+        if is_newcomer or protection.is_sharded:
+            self.version = decision.target
+        if protection.is_sharded:
+            self.mesh.absorb(False)
+            self.mesh.hold_replay(True)
+            try:
+                protection.rebuild()
+            finally:
+                self.mesh.hold_replay(False)
         self._is_newcomer = False
-
-    def _take_local(self, version: int, after: bytes, begin: bytes) -> None:
-        self._mirrors.remember(version, after)
-        local = pickle.loads(after)
-        restore_rng(local["rng"])
-        self._rng = local["rng"]
-        self._has_moved_between = local["has_moved_between"]
-        if begin:
-            self._begin_rng = pickle.loads(begin)
-        elif not local["position"] and not self._has_moved_between:
-            # The script draws nothing between its steps: what this one drew since
-            # (it may seed after `attach`) belongs to its set-up.
-            self._begin_rng = local["rng"]
-        if self._position is not None:
-            self._position.seek(local["position"], local["rng"])
-        assert self._training is not None
-        self._training.load_local(local["training"])
-
-    def _pack(self, rng: RngState) -> bytes:
-        assert self._training is not None
-        position = self._position.get() if self._position is not None else None
-        return pickle.dumps(
-            {
-                "rng": rng,
-                "has_moved_between": self._has_moved_between,
-                "position": position,
-                "training": self._training.local(),
-            }
-        )
 
     def _end_setup(self) -> None:
         self._is_setting_up = False

@@ -87,6 +87,7 @@ class Mirrors:
     def send_begin(self, version: int, pack: bytes) -> None:
         """Start sending the pack of the begin of a step; nobody waits for it."""
         self._own_begin = (version, pack)
+        self._sends = [work for work in self._sends if not work.is_completed()]
         self._sends += self._send_begin(version, pack)
 
     def collect(self) -> None:

@@ -53,7 +53,10 @@ class Shard(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One version of one rank's shard: the tensors' bytes, then the pickled rest."""
+    """One version of one rank's shard: the tensors' bytes, then the pickled rest.
+
+    The rest includes the rank's pack: its random state and data position.
+    """
 
     version: int
     data: torch.Tensor
@@ -73,10 +76,12 @@ class Image:
         return cls(version, _buffer(size, spare), body_bytes, crc)
 
     @classmethod
-    def of(cls, version: int, shard: Shard, spare: torch.Tensor | None) -> "Image":
+    def of(
+        cls, version: int, shard: Shard, pack: bytes, spare: torch.Tensor | None
+    ) -> "Image":
         """Copy ``shard`` as it is now, into ``spare`` if that has the right size."""
         tensors = shard.tensors()
-        head = pickle.dumps((describe(tensors), shard.scalars()))
+        head = pickle.dumps((describe(tensors), shard.scalars(), pack))
         sizes = [t.numel() * t.element_size() for t in tensors.values()]
         begins, body_bytes = _places(sizes)
         data = _buffer(body_bytes + len(head), spare)
@@ -86,14 +91,18 @@ class Image:
         data[body_bytes:] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
         return cls(version, data, body_bytes, _checksum(data))
 
-    def load(self, shard: Shard) -> None:
-        """Put the contents back into ``shard``; StateMismatch if they are damaged."""
+    def load(self, shard: Shard) -> bytes:
+        """Put the contents back into ``shard``, and return the pack.
+
+        Raises StateMismatch if they are damaged.
+        """
         if _checksum(self.data) != self.crc:
             raise StateMismatch(
                 f"the snapshot of version {self.version} fails its checksum",
                 key="snapshot",
             )
-        manifest, scalars = pickle.loads(bytes(self.data[self.body_bytes :].numpy()))
+        head = bytes(self.data[self.body_bytes :].numpy())
+        manifest, scalars, pack = pickle.loads(head)
         tensors = shard.allocate(manifest)
         begins, _ = _places([entry.size_bytes for entry in manifest])
         with torch.no_grad():
@@ -102,6 +111,7 @@ class Image:
                 tensor = tensors[entry.key]
                 tensor.copy_(part.view(tensor.dtype).reshape(tensor.shape))
         shard.load_scalars(scalars)
+        return bytes(pack)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +162,13 @@ class Snapshots:
         """Return the newest version up to ``version`` of which there are snapshots."""
         return version - version % self._every
 
-    def take(self, version: int, shard: Shard) -> None:
+    def take(self, version: int, shard: Shard, pack: bytes) -> None:
         """Copy the shard if a snapshot of ``version`` is due, and start sending it."""
         if self.due(version) != version:
             return
         # The last vote has told that all ranks hold the newest: the other one may go.
         spare = _make_room(self._own)
-        self._own[version] = Image.of(version, shard, spare)
+        self._own[version] = Image.of(version, shard, pack, spare)
         if self._endpoints is not None:
             self._send(self._own[version], self._buddies)
 

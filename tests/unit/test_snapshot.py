@@ -77,7 +77,7 @@ class Ring:
     def take(self, version: int) -> None:
         for rank, snapshots in enumerate(self.ranks):
             self.shards[rank].set(version)
-            snapshots.take(version, self.shards[rank])
+            snapshots.take(version, self.shards[rank], f"pack {version}".encode())
 
     def complete(self, version: int) -> None:
         for snapshots in self.ranks:
@@ -101,9 +101,9 @@ def test_a_version_comes_back_bit_for_bit_and_a_buddy_has_the_same_bytes() -> No
     ring = Ring()
     ring.run(3)
     mine = ring.ranks[0].own(2)
-    mine.load(ring.shards[0])
+    assert mine.load(ring.shards[0]) == b"pack 2"
     assert ring.shards[0].holds(2) and ring.shards[0].count == 2
-    Image.of(2, ring.shards[0], None).load(other := Numbers(9))
+    Image.of(2, ring.shards[0], b"", None).load(other := Numbers(9))
     assert other.holds(2)
 
 
@@ -144,13 +144,13 @@ def test_a_transfer_that_is_torn_leaves_the_older_version_with_the_buddy() -> No
     newcomer = Numbers(7)
     for work in ring.ranks[1].refill(Port(wire := Wire(), 1), 0, 1):
         work.wait()
-    receive_refill(Port(wire, 0), 1).load(newcomer)
+    assert receive_refill(Port(wire, 0), 1).load(newcomer) == b"pack 1"
     assert newcomer.holds(1)
 
 
 @pytest.mark.parametrize("place", [0, -1])
 def test_a_damaged_image_is_refused_and_changes_nothing(place: int) -> None:
-    image = Image.of(3, Numbers(5), None)
+    image = Image.of(3, Numbers(5), b"", None)
     image.data[place] ^= 4
     shard = Numbers(1)
     with pytest.raises(StateMismatch, match="version 3 fails its checksum"):
