@@ -61,13 +61,13 @@ class Rank:
         self.worker_id = worker_id
         self.groups: list[Any] = []
         self._counted: dict[str, int] = defaultdict(int)  # at the end of the last move
+        self._is_newcomer = False
         if way == "mnemosyne":
             self.mesh = Mesh(worker_id=worker_id, secret=b"benchmark")
-            register(lambda: self.mesh)
-        else:
-            self.store = dist.TCPStore(
-                "127.0.0.1", port, is_master=False, wait_for_workers=False
-            )
+            register(lambda: self.mesh, lambda: self._is_newcomer)
+        self.store = dist.TCPStore(
+            "127.0.0.1", port, is_master=False, wait_for_workers=False
+        )
 
     @property
     def address(self) -> str:
@@ -101,7 +101,8 @@ class Rank:
     ) -> Seen:
         before = self._counted
         replaced = self.mesh.reconfigure(epoch, rank, members)
-        if not self.groups:  # a newcomer
+        if not self.groups:
+            self._is_newcomer = epoch > 1
             self._initialize("mnemosyne", epoch, rank, len(members))
         self._connect()
         linked = time.monotonic()
@@ -126,10 +127,9 @@ class Rank:
         dist.all_to_all_single(torch.empty(size), ones)
 
     def _initialize(self, backend: str, epoch: int, rank: int, size: int) -> None:
-        # Our groups need no store: members find each other by the mesh.
-        store: Any = dist.HashStore()
-        if backend == "gloo":
-            store = dist.PrefixStore(str(epoch), self.store)
+        # Gloo's groups are made anew in each epoch, ours are the same in all.
+        prefix = str(epoch) if backend == "gloo" else "ours"
+        store = dist.PrefixStore(prefix, self.store)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT
         )
