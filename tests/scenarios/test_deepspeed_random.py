@@ -18,17 +18,9 @@ Job = Callable[..., LocalCluster]
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(
-    ("seed", "config"),
-    [
-        (0, "ds_config_gpt"),
-        (3, "ds_config_gpt_zero1"),
-    ],
-)
-def test_kills_at_random_moments_lose_nothing(
-    seed: int, config: str, train: Job, undisturbed: Job
-) -> None:
-    moments = random.Random(seed)
+def test_kills_at_random_moments_lose_nothing(train: Job, undisturbed: Job) -> None:
+    config = "ds_config_gpt_zero1"
+    moments = random.Random(3)
     kills: Counter[int] = Counter()
     job = train(steps=STEPS, config=config)
     for kill in range(KILLS_PER_JOB):
