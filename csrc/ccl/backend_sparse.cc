@@ -95,7 +95,8 @@ MnemosyneBackend::WorkPtr MnemosyneBackend::allreduceSparse(
   checkSparse(tensors, opts.reduceOp);
   auto work = c10::make_intrusive<SparseSum>(getRank(), tensors);
   work->kind = Kind::kAllGatherUnequal;
-  work->group = group_;
+  work->group = group();
+  work->type_name = c10::toString(tensors[0].scalar_type());
   work->timeout =
       opts.timeout > Milliseconds(0) ? opts.timeout : timeout_.load();
   Agreement agreed;

@@ -168,11 +168,12 @@ void Mesh::help(const std::atomic<bool>& is_over) {
   }
   if (--num_helpers_ > 0) return;
   // What else is in flight is the progress thread's now.
-  std::unique_lock<std::mutex> engine(engine_mu_, std::try_to_lock);
-  if (!engine || !is_sleeping_ || !is_deaf_) return;
-  if (flight_ == nullptr && !gives_up) return;
-  is_sleeping_ = false;
-  waker_.wake();
+  if (std::unique_lock<std::mutex> engine(engine_mu_, std::try_to_lock);
+      engine && is_sleeping_ && is_deaf_ && (flight_ != nullptr || gives_up)) {
+    is_sleeping_ = false;
+    waker_.wake();
+  }
+  drive();
 }
 
 // A helper that finds news at sockets takes them over: each piece of news would

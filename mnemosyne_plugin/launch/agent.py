@@ -284,6 +284,9 @@ class Agent:
             self._end(decision.exit_code)
         elif isinstance(decision, Restart) and self.exit_code is None:
             self._events.emit("restarted", attempt=decision.attempt)
+            if self._stopped_by is not None:  # nobody is left who could save
+                self._end_by(self._stopped_by)
+                return
             self._begin_attempt(decision.attempt)
         elif isinstance(decision, Membership) and self.exit_code is None:
             self._take_membership(decision)

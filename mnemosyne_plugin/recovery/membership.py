@@ -371,7 +371,8 @@ def _unseated_exited(job: Job, evidence: Exited) -> Verdict:
 
 
 def _lost_before_training(job: Job, what: str, rank: int, dead: Exited) -> Verdict:
-    in_setup = len(job.logged) < len(job.seats)
+    # Where some ranks are protected, the others are about to be.
+    in_setup = len(job.logged) < len(job.seats) or bool(job.protected)
     limit = job.max_restarts or 0
     if in_setup and dead.exit_code < 0:
         limit = _restart_limit(job)
@@ -411,7 +412,7 @@ def _lost_in_training(job: Job, what: str, rank: int, dead: Exited) -> Verdict:
     if all(m is None or r in job.newcomers for r, m in enumerate(job.seats)):
         cause = job.cause or dead
         what = f"{what}; nobody is left who holds state"
-        if job.may_restart:
+        if job.may_restart and cause.exit_code < 0:
             lost = replace(cause, is_state_lost=True)
             return _restart(job, what, _restart_limit(job), rank, lost)
         return _finish(job, 1 if cause.exit_code > 0 else 3, what, rank, cause)

@@ -24,6 +24,7 @@ from mnemosyne_plugin.state.transfer import Endpoint
 _HEADER_TAG, _DATA_TAG, _REFILL_TAG = 131, 132, 133
 _KEPT_VERSIONS = 2
 _ALIGNMENT = 64
+_HEAD_BYTES = 1 << 14
 
 
 class Shard(Protocol):
@@ -84,6 +85,8 @@ class Image:
         head = pickle.dumps((describe(tensors), shard.scalars(), pack))
         sizes = [t.numel() * t.element_size() for t in tensors.values()]
         begins, body_bytes = _places(sizes)
+        # A head's size changes a little from step to step, the memory's must not.
+        head += bytes(-len(head) % _HEAD_BYTES)
         data = _buffer(body_bytes + len(head), spare)
         for tensor, begin, size in zip(tensors.values(), begins, sizes, strict=True):
             part = data[begin : begin + size].view(tensor.dtype)

@@ -12,6 +12,17 @@ from mnemosyne_plugin.errors import ConfigError
 from mnemosyne_plugin.state.snapshot import Footprint
 
 
+@pytest.mark.parametrize(
+    "section", [{"checkpoint_dir": "here"}, {"on_state_lost": "restart"}]
+)
+def test_what_no_redundancy_would_leave_undone_is_refused(
+    section: dict[str, str],
+) -> None:
+    config = Config.from_section({"redundancy": "none"} | section)
+    with pytest.raises(ConfigError, match="redundancy is 'none'"):
+        Redundancy.of(config, True, [0, 0])
+
+
 def test_a_section_may_be_empty_or_switch_us_off() -> None:
     assert Config.from_section({}).enabled
     assert not Config.from_section({"enabled": False}).enabled
@@ -33,6 +44,8 @@ def test_a_section_may_be_empty_or_switch_us_off() -> None:
         ({"snapshot_every": 0}, "mnemosyne.snapshot_every"),
         ({"snapshot_every": False}, "mnemosyne.snapshot_every"),
         ({"snapshot_every": "3"}, "mnemosyne.snapshot_every"),
+        ({"on_state_lost": "maybe"}, "mnemosyne.on_state_lost"),
+        ({"on_state_lost": 3}, "mnemosyne.on_state_lost"),
         ([], "mnemosyne"),
         (True, "mnemosyne"),
     ],

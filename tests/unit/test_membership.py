@@ -228,6 +228,15 @@ def test_set_up_lasts_until_all_ranks_are_through() -> None:
     assert isinstance(world.exit(0)[0], Restart)
 
 
+def test_set_up_lasts_until_all_ranks_are_protected() -> None:
+    world = World(2)
+    world.fill()
+    for rank in range(2):
+        world.see(SetupLogged(attempt=0, rank=rank))
+    world.see(Protected(attempt=0, rank=0))
+    assert isinstance(world.exit(1)[0], Restart)
+
+
 @pytest.mark.parametrize("exit_code", [KILLED, RAISED])
 def test_a_death_in_a_job_that_nothing_protects_ends_it(exit_code: int) -> None:
     for max_restarts in (None, 1):
@@ -287,6 +296,14 @@ def test_all_ranks_killed_at_once_are_lost_state_too() -> None:
     world.protect(may_restart=True)
     world.exit(0)
     assert isinstance(world.exit(1)[0], Restart)
+
+
+def test_an_exception_on_all_ranks_is_no_lost_state() -> None:
+    world = World(2)
+    world.fill()
+    world.protect(may_restart=True)
+    world.exit(0, RAISED)
+    assert end(world.exit(1, RAISED)) == 1
 
 
 def test_max_restarts_bounds_recoveries() -> None:

@@ -35,6 +35,11 @@ class Redundancy:
                 "pipeline each rank holds state that no other rank has; use 'buddy' or "
                 "'auto'"
             )
+        if kind == "none" and (config.checkpoint_dir or config.on_state_lost != "stop"):
+            raise ConfigError(
+                "ds_config: mnemosyne.redundancy is 'none', which leaves the trainer "
+                "untouched: checkpoint_dir and on_state_lost would do nothing"
+            )
         if kind != "buddy":
             return cls(kind=kind, nodes=nodes)
         if config.buddies >= len(nodes):
