@@ -263,7 +263,8 @@ class Manager:
                 raise failure
             is_new = self.version == self._furthest
             protection.prepare(self.version, rng, is_new=is_new)
-            self._tell_footprint(protection)
+            if not self._has_told_footprint:
+                self._tell_footprint(protection)
             self.phase("vote")
             self._vote()
         except RecoverableError:
@@ -279,7 +280,7 @@ class Manager:
 
     def _tell_footprint(self, protection: Protection) -> None:
         footprint = protection.footprint(self.version)
-        if self._has_told_footprint or footprint is None:
+        if footprint is None:
             return
         self._has_told_footprint = True
         fields = {name: getattr(footprint, name) for name in footprint.__slots__}

@@ -3,7 +3,8 @@
 A *pack* is the pickled local state of one rank at one version (number of committed
 steps). Each rank sends the pack of the next version to its buddies before it votes, and
 votes only when it holds its wards' packs: so a committed step implies that every
-rank's local state survives the rank. A smaller pack travels at the begin of a
+rank's local state survives the rank. (A rank with a shard has its packs in the images
+of the shard instead, and exchanges none.) A smaller pack travels at the begin of a
 step, only if the script moved a generator between two steps.
 """
 
