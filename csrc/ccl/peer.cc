@@ -69,9 +69,11 @@ void Peer::drop(const std::string& why) {
 }
 
 void Peer::checkSilence(Milliseconds patience) {
-  if (link_ && link_->isUnanswered(patience))
-    drop("its host has acknowledged nothing for " +
-         std::to_string(patience.count()) + " ms");
+  if (!link_ || !link_->isUnanswered(patience)) return;
+  // The other side may have noticed first, and be on its way with a new link.
+  if (letGo()) return host_.onUnlinked(*this);
+  drop("its host has acknowledged nothing for " +
+       std::to_string(patience.count()) + " ms");
 }
 
 bool Peer::letGo() {

@@ -75,7 +75,7 @@ class Peer final : public EventSink {
   // Drops the link and says why to whom it may concern.
   void drop(const std::string& why);
 
-  // Drops the link if its host has acknowledged nothing for that long.
+  // Gives up the link if its host has acknowledged nothing for that long.
   void checkSilence(Milliseconds patience);
 
   // Closes the link without telling anybody.
