@@ -2,11 +2,24 @@
 
 import random
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 RngState = dict[str, Any]
+
+_more: "dict[str, tuple[Callable[[], Any], Callable[[Any], None]]]" = {}
+
+
+def add_rng(
+    name: str, capture: Callable[[], Any], restore: Callable[[Any], None]
+) -> None:
+    """Have one more generator, of a trainer, remembered and put back.
+
+    capture: returns something that can be pickled and compared.
+    """
+    _more[name] = capture, restore
 
 
 def capture_rng() -> RngState:
@@ -17,6 +30,8 @@ def capture_rng() -> RngState:
         state["numpy"] = numpy.random.get_state()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
+    for name, (capture, _) in _more.items():
+        state[name] = capture()
     return state
 
 
@@ -30,6 +45,9 @@ def restore_rng(state: RngState) -> None:
         numpy.random.set_state(state["numpy"])
     if "cuda" in state:
         torch.cuda.set_rng_state_all(state["cuda"])
+    for name, (_, restore) in _more.items():
+        if name in state:
+            restore(state[name])
 
 
 def same_rng(one: RngState, other: RngState) -> bool:
@@ -39,6 +57,8 @@ def same_rng(one: RngState, other: RngState) -> bool:
     if not torch.equal(one["torch"], other["torch"]):
         return False
     if "numpy" in one and not _same_numpy(one["numpy"], other["numpy"]):
+        return False
+    if any(one[name] != other[name] for name in _more if name in one):
         return False
     return all(
         torch.equal(a, b)

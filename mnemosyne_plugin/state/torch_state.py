@@ -3,7 +3,7 @@
 The building blocks of every adapter's ``TrainingState``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -166,6 +166,33 @@ class Buffers:
         """On a newcomer: take what ``local`` of the lost worker returned."""
         self.load(contents)
         self._mutable.update(contents)
+
+
+class Frozen:
+    """Implements TrainingState for parameters that nothing changes."""
+
+    def __init__(self, tensors: Tensors, rewind: Callable[[], None]) -> None:
+        self._tensors = tensors
+        self.rewind = rewind
+
+    def tensors(self) -> Tensors:
+        return self._tensors
+
+    def allocate(self, manifest: Sequence[Entry]) -> Tensors:
+        check_manifest(self._tensors, manifest)
+        return {entry.key: self._tensors[entry.key] for entry in manifest}
+
+    def local(self) -> None:
+        return None
+
+    def load_local(self, local: Any) -> None:
+        pass
+
+    def scalars(self) -> dict[str, Any]:
+        return {}
+
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        pass
 
 
 def _parameters(

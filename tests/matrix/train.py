@@ -6,7 +6,6 @@ that a difference is found in the step that made it, and is named.
 
 import argparse
 import functools
-import hashlib
 import logging
 import os
 import random
@@ -25,6 +24,7 @@ from deepspeed.utils import logger  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
 
+from facts import append, digest  # noqa: E402
 from model import Net, Sentences, groups, pipeline  # noqa: E402
 
 logger.setLevel(logging.ERROR)
@@ -160,41 +160,10 @@ def scalars_of(owner: Any) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in values if isinstance(value, _SCALARS)]
 
 
-def digest(value: Any) -> str:
-    """Return the SHA-256 of nested values and the bits of the tensors in them."""
-    sha = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if torch.is_tensor(value):
-            flat = value.detach().contiguous().flatten()
-            sha.update(f"{value.dtype} {tuple(value.shape)} ".encode())
-            sha.update(flat.view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
-            add(sorted(value.items()))
-        elif isinstance(value, list | tuple):
-            sha.update(f"[{len(value)}".encode())
-            for item in value:
-                add(item)
-        else:
-            sha.update(f"{value!r};".encode())
-
-    add(value)
-    return sha.hexdigest()
-
-
 def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     numpy.random.seed(seed)
     random.seed(seed)
-
-
-def append(path: Path, line: str) -> None:
-    """Add a line to a file that all ranks share; one write is one whole line."""
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(file, f"{line}\n".encode())
-    finally:
-        os.close(file)
 
 
 def parse_args() -> argparse.Namespace:

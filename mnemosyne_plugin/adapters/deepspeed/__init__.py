@@ -4,7 +4,6 @@ import functools
 import importlib
 import os
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mnemosyne_plugin import recovery
@@ -12,9 +11,7 @@ from mnemosyne_plugin.config import Config
 from mnemosyne_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mnemosyne_plugin.adapters.deepspeed.redundancy import Redundancy
     from mnemosyne_plugin.recovery.manager import Manager
-    from mnemosyne_plugin.state.snapshot import Footprint
 
 
 _CLASSES = {
@@ -81,9 +78,9 @@ def attach(engine: Any) -> None:
     # Imported here, so that a process that only imports deepspeed does not pay for it.
     from mnemosyne_plugin.adapters.deepspeed import hooks, pipe
     from mnemosyne_plugin.adapters.deepspeed.checkpoint import Checkpoints
-    from mnemosyne_plugin.adapters.deepspeed.redundancy import Redundancy
     from mnemosyne_plugin.adapters.deepspeed.state import EngineState, check_supported
     from mnemosyne_plugin.adapters.deepspeed.zero import STAGES, ZeroState
+    from mnemosyne_plugin.adapters.redundancy import Redundancy
     from mnemosyne_plugin.data import positions, resumable
 
     is_pipeline = engine.pipeline_parallelism
@@ -116,15 +113,11 @@ def attach(engine: Any) -> None:
             redo=engine_hooks.catch_up,
             num_buddies=config.buddies,
             snapshot_every=config.snapshot_every,
-            on_footprint=partial(_tell, redundancy) if is_to_speak else None,
+            on_footprint=redundancy.tell if is_to_speak else None,
             may_restart=may_restart,
         )
     engine_hooks.install()
     Checkpoints(engine, state, engine_hooks, manager, config.checkpoint_dir).install()
-
-
-def _tell(redundancy: "Redundancy", footprint: "Footprint") -> None:
-    print(redundancy.footprint_line(footprint), flush=True)
 
 
 def _is_enabled(config: Mapping[str, Any]) -> bool:

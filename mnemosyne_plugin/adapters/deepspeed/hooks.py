@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from mnemosyne_plugin.adapters.deepspeed.redo import Commit, Redo
 from mnemosyne_plugin.adapters.deepspeed.state import EngineState, reset_timers
 from mnemosyne_plugin.adapters.deepspeed.zero import ZeroState
+from mnemosyne_plugin.adapters.redo import Commit, Redo
 from mnemosyne_plugin.ccl.intercept import num_collectives
 from mnemosyne_plugin.errors import ConfigError, FatalError, StateMismatch
 from mnemosyne_plugin.recovery.commit import Outcome

@@ -1,6 +1,6 @@
 """The state of a DeepSpeed engine with ZeRO stage 0, and what every engine counts."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from mnemosyne_plugin.errors import ConfigError
 from mnemosyne_plugin.state.manifest import Entry
 from mnemosyne_plugin.state.torch_state import (
     Buffers,
+    Frozen,
     Tensors,
     allocate_optimizer,
     check_manifest,
@@ -131,7 +132,7 @@ class EngineState:
         self.engine_scalars.load(scalars["engine"])
         load_optimizer_scalars(self.optimizer, scalars["optimizer"])
 
-    def replicated(self) -> "Frozen":
+    def replicated(self) -> Frozen:
         """As a Shard: all of the state is in it."""
         return Frozen({}, self.rewind)
 
@@ -150,33 +151,6 @@ class EngineState:
         if self._wrapper is self.optimizer:
             return {}
         return {"wrapper": self._wrapper, "scale": self._wrapper.loss_scale_config}
-
-
-class Frozen:
-    """Implements TrainingState for parameters that nothing changes."""
-
-    def __init__(self, tensors: Tensors, rewind: Callable[[], None]) -> None:
-        self._tensors = tensors
-        self.rewind = rewind
-
-    def tensors(self) -> Tensors:
-        return self._tensors
-
-    def allocate(self, manifest: Sequence[Entry]) -> Tensors:
-        check_manifest(self._tensors, manifest)
-        return {entry.key: self._tensors[entry.key] for entry in manifest}
-
-    def local(self) -> None:
-        return None
-
-    def load_local(self, local: Any) -> None:
-        pass
-
-    def scalars(self) -> dict[str, Any]:
-        return {}
-
-    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        pass
 
 
 def reset_timers(engine: Any, running: Collection[str] = ()) -> None:

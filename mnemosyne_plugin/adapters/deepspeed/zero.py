@@ -11,10 +11,15 @@ from typing import Any, Protocol
 
 import torch
 
-from mnemosyne_plugin.adapters.deepspeed.state import EngineScalars, Frozen
+from mnemosyne_plugin.adapters.deepspeed.state import EngineScalars
 from mnemosyne_plugin.errors import ConfigError, StateMismatch
 from mnemosyne_plugin.state.manifest import Entry, torch_dtype
-from mnemosyne_plugin.state.torch_state import Buffers, Tensors, check_manifest
+from mnemosyne_plugin.state.torch_state import (
+    Buffers,
+    Frozen,
+    Tensors,
+    check_manifest,
+)
 
 _ZERO = "deepspeed.runtime.zero."
 

@@ -1,4 +1,4 @@
-"""What the hooks of all engines share: the commit of a step, and its unwinding."""
+"""What adapters share: the commit of a step, and its unwinding."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from mnemosyne_plugin.recovery.manager import Manager
 
 
 class Redo(BaseException):
-    """Unwinds a doomed step; not an Exception, so that the engine lets it pass."""
+    """Unwinds a doomed step; not an Exception, so that trainers let it pass."""
 
 
 class Commit:
@@ -42,7 +42,7 @@ class Commit:
     def unwound(self) -> Iterator[None]:
         """Turn an error into Redo where a failure may be what has caused it.
 
-        What a failed collective leaves is no data, and the engine may find that out.
+        What a failed collective leaves is no data, and the trainer may find that out.
         """
         try:
             yield

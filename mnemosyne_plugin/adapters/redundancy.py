@@ -11,7 +11,7 @@ from mnemosyne_plugin.state.snapshot import Footprint
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Redundancy:
-    """The choice for one engine."""
+    """The choice for one trainer."""
 
     kind: str
     """replica, buddy or none."""
@@ -31,20 +31,20 @@ class Redundancy:
             kind = "buddy" if is_sharded else "replica"
         if kind == "replica" and is_sharded:
             raise ConfigError(
-                "ds_config: mnemosyne.redundancy is 'replica', but with ZeRO 1-3 or a "
-                "pipeline each rank holds state that no other rank has; use 'buddy' or "
-                "'auto'"
+                "mnemosyne's redundancy is 'replica', but with ZeRO 1-3, a pipeline or "
+                "Megatron each rank may hold state that no other rank has; use 'buddy' "
+                "or 'auto'"
             )
         if kind == "none" and (config.checkpoint_dir or config.on_state_lost != "stop"):
             raise ConfigError(
-                "ds_config: mnemosyne.redundancy is 'none', which leaves the trainer "
+                "mnemosyne's redundancy is 'none', which leaves the trainer "
                 "untouched: checkpoint_dir and on_state_lost would do nothing"
             )
         if kind != "buddy":
             return cls(kind=kind, nodes=nodes)
         if config.buddies >= len(nodes):
             raise ConfigError(
-                f"ds_config: mnemosyne.buddies is {config.buddies}, but a rank of this "
+                f"mnemosyne's buddies are {config.buddies}, but a rank of this "
                 f"job has only {len(nodes) - 1} others"
             )
         return cls(
@@ -67,7 +67,7 @@ class Redundancy:
         """Say at the start what is protected, and by what."""
         if self.kind == "none":
             return (
-                "mnemosyne: NOT protected: mnemosyne.redundancy is 'none', so nothing "
+                "mnemosyne: NOT protected: its redundancy is 'none', so nothing "
                 "is kept and the death of a worker starts the job again"
             )
         data = (
@@ -81,6 +81,10 @@ class Redundancy:
             f"{data}; not yet: hangs, loss of a node, collectives outside of the "
             "training step"
         )
+
+    def tell(self, footprint: Footprint) -> None:
+        """Print ``footprint_line``."""
+        print(self.footprint_line(footprint), flush=True)
 
     def footprint_line(self, footprint: Footprint) -> str:
         """Say what a rank's snapshots cost, once that is known."""
