@@ -1,8 +1,8 @@
 """Chaos, for demos and tests: kills workers of `mnemosyne run --chaos SPEC`.
 
-A spec is ``kill rank=2 step=12 phase=backward [delay_ms=5]``. Each fault fires once in
-a job: its mark is a file in the run directory, so a newcomer that redoes the step does
-not die of it again. Production code never imports this module.
+A spec is ``kill rank=2 step=12 phase=backward [nth=2] [delay_ms=5]``. Each fault fires
+once in a job: its mark is a file in the run directory, so a newcomer that redoes the
+step does not die of it again. Production code never imports this module.
 
 Most phases are entered where the runtime says so. ``mid-optimizer`` is found here: the
 worker dies when part of what the step mutates is written, and part of it is not.
@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from mnemosyne_plugin.errors import ConfigError
 from mnemosyne_plugin.events import EventLog
 
 PHASES = (
-    *("data", "forward", "backward", "reduce", "vote"),
+    *("data", "forward", "p2p", "backward", "reduce", "norm", "vote"),
     *("optimizer", "mid-optimizer", "gather", "between", "recovery"),
     *("save", "save-vote"),
 )
@@ -36,6 +37,8 @@ class Fault:
     rank: int
     step: int
     phase: str
+    nth: int = 1
+    """Of the times that it enters the phase in the step."""
     delay_ms: float = 0.0
     """Kill that much later, in the middle of whatever is running then."""
 
@@ -48,9 +51,9 @@ def parse(spec: str) -> Fault:
     values: dict[str, str] = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
-        if not separator or key not in ("rank", "step", "phase", "delay_ms"):
+        if not separator or key not in ("rank", "step", "phase", "nth", "delay_ms"):
             raise ConfigError(
-                f"--chaos: {pair!r} is not rank=, step=, phase= or delay_ms="
+                f"--chaos: {pair!r} is not rank=, step=, phase=, nth= or delay_ms="
             )
         values[key] = value
     try:
@@ -58,13 +61,15 @@ def parse(spec: str) -> Fault:
             rank=int(values["rank"]),
             step=int(values["step"]),
             phase=values["phase"],
+            nth=int(values.get("nth", "1")),
             delay_ms=float(values.get("delay_ms", "0")),
         )
     except KeyError as error:
         raise ConfigError(f"--chaos: {spec!r} lacks {error.args[0]}=") from None
     except ValueError as error:
         raise ConfigError(f"--chaos: {spec!r}: {error}") from None
-    if fault.rank < 0 or fault.step < 0 or not 0 <= fault.delay_ms < 1e6:
+    is_in_range = fault.rank >= 0 and fault.step >= 0 and fault.nth >= 1
+    if not is_in_range or not 0 <= fault.delay_ms < 1e6:
         raise ConfigError(f"--chaos: {spec!r} has a number out of range")
     if fault.phase not in PHASES:
         raise ConfigError(f"--chaos: phase {fault.phase!r} is not one of {PHASES}")
@@ -78,14 +83,20 @@ class Injector:
         self._faults = faults
         self._run_dir = Path(run_dir)
         self._place = (-1, "", -1)
+        self._step = -1
+        self._num_entered: Counter[str] = Counter()
 
     def __call__(self, rank: int, phase: str, step: int) -> None:
         self._place = (rank, phase, step)
+        if step != self._step:
+            self._step = step
+            self._num_entered.clear()
+        self._num_entered[phase] += 1
         for number, fault in enumerate(self._faults):
             if (fault.rank, fault.step) != (rank, step):
                 continue
             is_midway = (fault.phase, phase) == ("mid-optimizer", "optimizer")
-            if fault.phase == phase:
+            if fault.phase == phase and self._num_entered[phase] >= fault.nth:
                 self._fire(number, fault)
             elif is_midway and not self._mark(number).exists():
                 _on_half_a_mutation(partial(self._fire_midway, number, fault))

@@ -31,6 +31,8 @@ def get_parser() -> argparse.ArgumentParser:
     """Return torchrun's parser with our options added."""
     parser = torchrun.get_args_parser()
     parser.prog = "mnemosyne run"
+    # Else an argument of the script that begins as one of ours does is an error.
+    parser.allow_abbrev = False
     parser.description = "Run a training script that survives the loss of workers"
     if "PET_MAX_RESTARTS" not in os.environ:
         # None: no limit for what we recover from without a restart.

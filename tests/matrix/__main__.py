@@ -1,4 +1,4 @@
-"""``python -m tests.matrix deepspeed``: kill everybody everywhere, print what held."""
+"""``python -m tests.matrix TRAINER``: kill everybody everywhere, print what held."""
 
 import argparse
 import shutil
@@ -7,13 +7,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from matrix.plan import CONFIGURATIONS, DIAGONAL, PHASES, VICTIMS  # noqa: E402
+from matrix import deepspeed_plan, megatron_plan  # noqa: E402
+from matrix.plan import VICTIMS  # noqa: E402
 from matrix.runs import Runs  # noqa: E402
 from matrix.table import Table  # noqa: E402
 
+PLANS = {"deepspeed": deepspeed_plan, "megatron": megatron_plan}
 FP16 = (
     "fp16: where the CPU has no instructions for it, DeepSpeed itself says `Type fp16 "
     "is not supported on your device`; the script tells it that torch can compute it"
@@ -24,12 +27,14 @@ def main() -> int:
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the job
     folder = args.folder or Path(tempfile.mkdtemp(prefix="matrix_"))
-    rows = [(config, victim) for config in CONFIGURATIONS for victim in VICTIMS]
+    plan: Any = PLANS[args.trainer]
+    phases = args.phases or plan.PHASES
+    rows = [(config, victim) for config in plan.CONFIGURATIONS for victim in VICTIMS]
     if args.diagonal:
-        rows = list(DIAGONAL)
+        rows = list(plan.DIAGONAL)
     rows = [(c, v) for c, v in rows if args.only in c.name and v in args.victims]
     begun = time.monotonic()
-    table, runs, lines = Table(args.phases), Runs(folder), []
+    table, runs, lines = Table(phases), Runs(folder), []
 
     def show(line: str) -> None:
         print(line, flush=True)
@@ -39,7 +44,7 @@ def main() -> int:
 
     show(table.head())
     for config, victim in rows:
-        results = runs.row(config, victim, args.phases)
+        results = runs.row(config, victim, phases)
         show(table.row(f"{config.name} {victim}", results))
     if any(config.dtype == "fp16" for config, _ in rows):
         show(FP16)
@@ -54,11 +59,11 @@ def main() -> int:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
-    parser.add_argument("trainer", choices=["deepspeed"])
+    parser.add_argument("trainer", choices=list(PLANS))
     parser.add_argument("--diagonal", action="store_true", help="a quick part of it")
     parser.add_argument("--only", default="", help="part of a configuration's name")
     parser.add_argument("--victims", nargs="+", choices=list(VICTIMS), default=VICTIMS)
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
+    parser.add_argument("--phases", nargs="+", help="only these")
     parser.add_argument("--output", type=Path, help="write the table here as well")
     parser.add_argument("--folder", type=Path, help="where jobs that failed stay")
     return parser.parse_args()

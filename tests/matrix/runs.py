@@ -1,6 +1,5 @@
 """Runs the jobs of the matrix, and finds out which of their cells were survived."""
 
-import json
 import re
 import shutil
 import time
@@ -10,10 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster import POLL_S, LocalCluster, lines
-from matrix.plan import PHASES, VICTIMS, WORLD_SIZE, Configuration, Kill, kills
+from matrix.plan import Configuration, Kill, kills, victims
 from verdict import assert_survivors_stayed
 
-TRAIN = Path(__file__).parent / "train.py"
 STALL_S = 60.0
 """A job that logs neither a step nor an event for so long hangs."""
 MAX_FAILURES = 3
@@ -59,7 +57,8 @@ class Runs:
         self, configuration: Configuration, victim: str, phases: Sequence[str]
     ) -> dict[str, Result]:
         """Return phase -> what became of it, for one victim."""
-        phases = [p for p in PHASES if p in phases and configuration.has_phase(p)]
+        known = configuration.all_phases
+        phases = [p for p in known if p in phases and configuration.has_phase(p)]
         healthy = self._healthy(configuration)
         if isinstance(healthy, Result):
             return dict.fromkeys(phases, healthy)
@@ -102,7 +101,8 @@ class Runs:
         healthy: LocalCluster,
     ) -> set[str]:
         """Run one job with its kills; return the phases in which all of them fired."""
-        planned = list(kills(VICTIMS[victim], phases))
+        ranks = victims(victim, configuration.world_size)
+        planned = list(kills(configuration, ranks, phases))
         name = f"{configuration.name}-{victim}"
         chaos = [spec for kill in planned for spec in kill.specs]
         with self._job(name, configuration, chaos=chaos) as job:
@@ -159,18 +159,16 @@ class Runs:
         self._number += 1
         folder = self._folder / f"{self._number:03d}-{name}"
         folder.mkdir(parents=True)
-        config = folder / "ds_config.json"
-        config.write_text(json.dumps(configuration.ds_config, indent=2))
         return LocalCluster(
             folder=folder,
-            script=TRAIN,
+            script=configuration.script,
             script_args=[
                 *configuration.script_args,
-                f"--deepspeed_config={config}",
+                *configuration.files(folder),
                 f"--loss-log={folder / 'losses.txt'}",
                 f"--final-state={folder / 'final.txt'}",
             ],
-            procs_per_agent=WORLD_SIZE,
+            procs_per_agent=configuration.world_size,
             num_standbys=num_standbys,
             chaos=chaos,
         )

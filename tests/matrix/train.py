@@ -21,10 +21,10 @@ import torch  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.runtime.dataloader import RepeatingLoader  # noqa: E402
 from deepspeed.utils import logger  # noqa: E402
+from facts import append, digest  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
 
-from facts import append, digest  # noqa: E402
 from model import Net, Sentences, groups, pipeline  # noqa: E402
 
 logger.setLevel(logging.ERROR)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from cluster import LocalCluster
-from matrix.plan import Configuration
-from matrix.runs import TRAIN, first_difference
+from matrix.deepspeed_plan import Configuration
+from matrix.runs import first_difference
 from verdict import assert_survivors_stayed
 
 STEPS = 15
@@ -37,7 +37,9 @@ def start(
         *(f"--loss-log={folder / 'losses.txt'}",),
         *(f"--final-state={folder / 'final.txt'}",),
     ]
-    return cluster(folder=folder, script=TRAIN, script_args=args, chaos=chaos)
+    return cluster(
+        folder=folder, script=Configuration.script, script_args=args, chaos=chaos
+    )
 
 
 @pytest.mark.slow

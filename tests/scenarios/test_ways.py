@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from matrix.plan import Configuration
+from matrix.deepspeed_plan import Configuration
 from matrix.runs import OK, Runs
 
 PHASES = ("data", "backward", "mid-optimizer", "gather")

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from mnemosyne_plugin.adapters.megatron.state import MegatronState
+from mnemosyne_plugin.adapters.megatron.state import MegatronState, bucket_groups
 from mnemosyne_plugin.errors import ConfigError
 from mnemosyne_plugin.recovery.manager import Manager
 
@@ -37,8 +37,8 @@ def install(manager: Manager, state: MegatronState) -> None:
         _wrap(owner, name, enter, phase)
     for chunk in state.chunks:
         _wrap(chunk, "finish_grad_sync", enter, "reduce")
-        if chunk.ddp_config.use_distributed_optimizer:
-            _wrap(chunk, "start_param_sync", enter, "gather")
+        for group in bucket_groups(chunk):
+            _wrap(group, "start_param_sync", enter, "gather")
 
 
 def _wrap(owner: Any, name: str, enter: Callable[[str], None], phase: str) -> None:
