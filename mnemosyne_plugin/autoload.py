@@ -1,18 +1,27 @@
 """The ``torch.backends`` entry point: ``import torch`` calls ``autoload`` by itself.
 
-It only sets a hook that runs right after DeepSpeed's engines were imported. All the
+It only sets a hook that runs right after a trainer's modules were imported. All the
 rest is imported when it is needed: a process that never uses us pays less than a
 millisecond (wrapt's post-import hooks would do, but importing wrapt takes longer).
 """
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-# Not the package: it may be importing torch now.
-_ENGINES = ("deepspeed.runtime.engine", "deepspeed.runtime.pipe.engine")
+_DEEPSPEED = "mnemosyne_plugin.adapters.deepspeed"
+_MEGATRON = "mnemosyne_plugin.adapters.megatron"
+# Which of our modules has the ``hook`` for one of a trainer's. Not for a package: it
+# may be importing torch now.
+_HOOKS = {
+    "deepspeed.runtime.engine": _DEEPSPEED,
+    "deepspeed.runtime.pipe.engine": _DEEPSPEED,
+    "megatron.training.arguments": f"{_MEGATRON}.arguments",
+    "megatron.training.training": f"{_MEGATRON}.training",
+}
 
 
 def autoload() -> None:
@@ -22,7 +31,7 @@ def autoload() -> None:
 
 
 class _PostImport:
-    """A meta-path finder that finds nothing new: it has the engine's loader call us."""
+    """A meta-path finder that finds nothing new: it has a module's loader call us."""
 
     _is_searching = False
 
@@ -30,7 +39,7 @@ class _PostImport:
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> Any:
         """Return what the other finders find, with a loader that runs the hook."""
-        if name not in _ENGINES or self._is_searching:
+        if name not in _HOOKS or self._is_searching:
             return None
         self._is_searching = True
         try:
@@ -53,9 +62,7 @@ class _HookedLoader:
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        from mnemosyne_plugin.adapters.deepspeed import hook
-
-        hook(module)
+        importlib.import_module(_HOOKS[module.__name__]).hook(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

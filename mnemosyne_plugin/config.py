@@ -1,12 +1,12 @@
-"""The user's choices: one frozen dataclass, built from the section of ds_config."""
+"""The user's choices: one frozen dataclass, from ds_config or a command line."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from mnemosyne_plugin.errors import ConfigError
 
-_CHOICES = {
+CHOICES = {
     "redundancy": ("auto", "replica", "buddy", "none"),
     "on_state_lost": ("stop", "restart"),
 }
@@ -14,7 +14,10 @@ _CHOICES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """What the ``"mnemosyne"`` section of ds_config may hold."""
+    """What the ``"mnemosyne"`` section of ds_config may hold.
+
+    Megatron-LM's ``--mnemosyne-*`` options are named after these.
+    """
 
     enabled: bool = True
     """False leaves the trainer untouched: no hooks, no protection."""
@@ -39,8 +42,16 @@ class Config:
     """
 
     @classmethod
-    def from_section(cls, section: object) -> "Config":
-        """Build from a parsed JSON section; raises ConfigError naming the field."""
+    def from_section(
+        cls,
+        section: object,
+        prefix: str = "ds_config: mnemosyne.",
+        named: Callable[[str], str] = str,
+    ) -> "Config":
+        """Build from a parsed JSON section; raises ConfigError naming the field.
+
+        prefix, named: how to write a field's name for the user.
+        """
         if not isinstance(section, Mapping):
             raise ConfigError(
                 "ds_config: 'mnemosyne' must be an object, got "
@@ -49,22 +60,20 @@ class Config:
         known = {field.name: field.type for field in fields(cls)}
         for key, value in section.items():
             if key not in known:
-                raise ConfigError(
-                    f"ds_config: unknown key mnemosyne.{key}; known: {sorted(known)}"
-                )
-            _check(key, value, known[key])
+                raise ConfigError(f"unknown key: {prefix}{key}; known: {sorted(known)}")
+            _check(prefix + named(key), key, value, known[key])
         return cls(**section)
 
 
-def _check(key: str, value: Any, want: Any) -> None:
+def _check(name: str, key: str, value: Any, want: Any) -> None:
     if want is bool and not isinstance(value, bool):
         expected = "true or false"
     elif want is int and (type(value) is not int or value < 1):
         expected = "a whole number, 1 or more"
     elif want is str and not isinstance(value, str):
         expected = "text"
-    elif value not in _CHOICES.get(key, (value,)):
-        expected = f"one of {', '.join(_CHOICES[key])}"
+    elif value not in CHOICES.get(key, (value,)):
+        expected = f"one of {', '.join(CHOICES[key])}"
     else:
         return
-    raise ConfigError(f"ds_config: mnemosyne.{key} must be {expected}, got {value!r}")
+    raise ConfigError(f"{name} must be {expected}, got {value!r}")

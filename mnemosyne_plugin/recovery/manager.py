@@ -104,6 +104,8 @@ class Manager:
         """Called in front of a step on all ranks, if the job is to save and to end."""
         self._is_stopping = False
         self._passed_version = -1
+        self.furthest_of_all = -1
+        """The newest version that any rank had come to when a failure was seen."""
         self.is_speaker = self.rank == 0
         """Whether this rank prints what concerns all."""
 
@@ -450,10 +452,11 @@ class Manager:
         except NoSourceForState as error:
             where = self.checkpoint or "none was saved or loaded in this run"
             raise NoSourceForState(f"{error} ({where})", error.keys) from None
+        furthest = max(report.furthest for report in reports)
+        self.furthest_of_all = max(self.furthest_of_all, furthest)
         if decision.newcomers:
             # At a version that the others have left, and at its own, a newcomer does
             # not meet them.
-            furthest = max(report.furthest for report in reports)
             passed = max(decision.target, furthest - 1)
             self._passed_version = max(self._passed_version, passed)
         others = {report.rank for report in reports} - set(decision.newcomers)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from matrix.runs import Result
 
-_FIRST = 22
+_FIRST = 32
 _WIDTH = 17
 
 

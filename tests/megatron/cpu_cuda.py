@@ -195,7 +195,11 @@ def _compile(function: Any = None, *args: Any, **kwargs: Any) -> Any:
 
 
 def claim_gpus() -> None:
-    """Say that there is a GPU for each local rank."""
+    """Say that there is a GPU for each local rank, as ``pretrain`` insists."""
+    import megatron.core.datasets.utils as utils
+
+    # Wheels do not have the Makefile with which it would compile a dataset's index.
+    utils.compile_helpers = lambda: None
     cuda: Any = torch.cuda
     cuda.is_available = lambda: True
     cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

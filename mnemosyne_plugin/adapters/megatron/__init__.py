@@ -9,6 +9,7 @@ Megatron's forward-backward function, and calls ``optimizer.step`` once. If a wo
 lost in it, it is run again on repaired groups, with the same micro-batches.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,39 +43,29 @@ class Session:
         that, arguments that are iterators, or lists of iterators, are passed as
         iterators that remember what they gave; all else must be as it was.
         """
-        taken = [Taken(self._whole, place, arg) for place, arg in enumerate(args)]
-        given = [each.replaced() for each in taken]
+        numbers = itertools.count()
+
+        def taking(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return type(value)(taking(item) for item in value)
+            if not isinstance(value, Iterator):
+                return value
+            return Taking(self._whole, next(numbers), value)
+
+        given = [taking(argument) for argument in args]
         return self._whole.run(lambda: train_step(*given, **kwargs))
 
 
-class Taken:
-    """An argument whose iterators give a redo what they gave before."""
+class Taking:
+    """An iterator that gives a redo what it gave before."""
 
-    def __init__(self, whole: "WholeStep", place: int, argument: Any) -> None:
-        self._whole = whole
-        self._place = place
-        self._argument = argument
-
-    def replaced(self) -> Any:
-        """Return the argument, with such iterators in place of its own."""
-        if isinstance(self._argument, list | tuple):
-            each = [self._taken(i, item) for i, item in enumerate(self._argument)]
-            return type(self._argument)(each)
-        return self._taken(0, self._argument)
-
-    def _taken(self, index: int, iterator: Any) -> Any:
-        if not isinstance(iterator, Iterator):
-            return iterator
-        return _Taking(self._whole, (self._place << 16) + index, iterator)
-
-
-class _Taking:
     def __init__(self, whole: "WholeStep", number: int, iterator: Any) -> None:
+        """number: tells it from the other ones of the step."""
         self._whole = whole
         self._number = number
         self._iterator = iterator
 
-    def __iter__(self) -> "_Taking":
+    def __iter__(self) -> "Taking":
         return self
 
     def __next__(self) -> Any:
@@ -118,8 +109,17 @@ def current_manager(why_not: str) -> "Manager":
     return manager
 
 
-def protect(manager: "Manager", state: "MegatronState", config: Config) -> "WholeStep":
-    """Have ``state`` kept by buddies, and say so."""
+def protect(
+    manager: "Manager",
+    state: "MegatronState",
+    config: Config,
+    *,
+    has_loader: bool = False,
+) -> "WholeStep":
+    """Have ``state`` kept by buddies, and say so.
+
+    has_loader: the trainer's own loader is at its place by itself.
+    """
     from mnemosyne_plugin.adapters.megatron import phases
     from mnemosyne_plugin.adapters.redundancy import Redundancy
     from mnemosyne_plugin.adapters.whole_step import WholeStep
@@ -129,7 +129,10 @@ def protect(manager: "Manager", state: "MegatronState", config: Config) -> "Whol
     redundancy = Redundancy.of(config, True, manager.nodes)
     is_to_speak = manager.rank == 0 and not manager.is_setting_up_alone
     if is_to_speak:
-        print(redundancy.start_line(has_loader=bool(positions())), flush=True)
+        print(
+            redundancy.start_line(has_loader=has_loader or bool(positions())),
+            flush=True,
+        )
     phases.install(manager, state)
     whole = WholeStep(manager, state)
     for part in state.optimizers:

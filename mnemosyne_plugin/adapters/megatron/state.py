@@ -36,11 +36,11 @@ _KNOWN = {
 class Counters(Protocol):
     """What the training loop counts outside of model and optimizer."""
 
-    def get(self) -> Any:
+    def values(self) -> Any:
         """Return it. Picklable."""
 
-    def set(self, values: Any) -> None:
-        """Take what ``get`` returned."""
+    def load(self, values: Any) -> None:
+        """Take what ``values`` returned."""
 
 
 class MegatronState:
@@ -59,8 +59,8 @@ class MegatronState:
         """
         self.chunks = tuple(chunks)
         self.optimizers = _parts(optimizer)
-        self._optimizer = optimizer
-        self._scheduler = scheduler
+        self.optimizer = optimizer
+        self.scheduler = scheduler
         self._counters = counters
         self._marked: dict[str, Any] | None = None
         _check_supported(self.chunks, self.optimizers)
@@ -113,9 +113,9 @@ class MegatronState:
         values = {
             "optimizers": [optimizer_scalars(p.optimizer) for p in self.optimizers],
             "scalers": [s.state_dict() if s is not None else None for s in scalers],
-            "scheduler": self._scheduler.state_dict() if self._scheduler else None,
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "buckets": [_progress(group) for group in self._groups],
-            "counters": self._counters.get() if self._counters is not None else None,
+            "counters": self._counters.values() if self._counters is not None else None,
         }
         return copy.deepcopy(values)
 
@@ -135,8 +135,7 @@ class MegatronState:
             for chunk in self.chunks:
                 if chunk.ddp_config.use_distributed_optimizer:
                     chunk.start_param_sync(force_sync=True)
-        for group in self._groups:
-            group.param_gather_dispatched = False
+        self.forget_gathers()
 
     # --- StepState ----------------------------------------------------------------
 
@@ -156,12 +155,17 @@ class MegatronState:
             group.per_param_grad_ready_counts = {}
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         for group, values in zip(self._groups, progress, strict=True):
             _set_progress(group, values)
         if self._marked is not None:
             self._set(self._marked)
         self._marked = None
+
+    def forget_gathers(self) -> None:
+        """Have the next forward gather parameters, where it does so at all."""
+        for group in self._groups:
+            group.param_gather_dispatched = False
 
     def _set(self, scalars: Mapping[str, Any]) -> None:
         scalars = copy.deepcopy(dict(scalars))
@@ -171,12 +175,12 @@ class MegatronState:
             load_optimizer_scalars(part.optimizer, values)
             if scale is not None:
                 part.grad_scaler.load_state_dict(scale)
-        if self._scheduler:
-            _load_scheduler(self._scheduler, scalars["scheduler"])
+        if self.scheduler:
+            _load_scheduler(self.scheduler, scalars["scheduler"])
         for group, values in zip(self._groups, scalars["buckets"], strict=True):
             _set_progress(group, values)
         if self._counters is not None:
-            self._counters.set(scalars["counters"])
+            self._counters.load(scalars["counters"])
 
 
 def bucket_groups(chunk: Any) -> list[Any]:

@@ -1,0 +1,162 @@
+"""What Megatron-LM does between its steps: checkpoints and evaluation.
+
+If a worker is lost in it, it is given up: newcomers come back in front of the next
+step. A checkpoint that is torn by that stays unused, for Megatron names the newest one
+in a file only when all of it is written.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mnemosyne_plugin.adapters.megatron.loop import Loop
+from mnemosyne_plugin.adapters.megatron.state import MegatronState
+from mnemosyne_plugin.adapters.whole_step import WholeStep
+from mnemosyne_plugin.recovery.manager import Manager
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+
+class Saves:
+    """Wraps the functions of ``megatron.training.training`` that do it."""
+
+    def __init__(
+        self,
+        module: Any,
+        manager: Manager,
+        state: MegatronState,
+        loop: Loop,
+        whole: WholeStep,
+    ) -> None:
+        self._module = module
+        self._manager = manager
+        self._state = state
+        self._loop = loop
+        self._whole = whole
+        self._args = module.get_args()
+        self._may_give_up = False
+        self._newest = _read_tracker(self._args.load)
+        if self._newest is not None:
+            manager.checkpoint = str(Path(self._args.load, _folder(self._newest)))
+
+    def install(self) -> None:
+        """Put the wrappers in place."""
+        module = self._module
+        self._save = module.save_checkpoint
+        module.save_checkpoint = self.save
+        for name, what in (
+            ("save_checkpoint_and_time", "a checkpoint"),
+            ("evaluate_and_print_results", "an evaluation"),
+        ):
+            setattr(module, name, self._given_up(getattr(module, name), what))
+        if self._args.save:
+            self._manager.offer_stop(self.stop)
+
+    def save(self, iteration: int, *args: Any, **kwargs: Any) -> None:
+        """In place of save_checkpoint."""
+        if self._may_give_up:
+            self._write(iteration, *args, **kwargs)
+        else:  # behind the last step: newcomers come here as well
+            self._until_written(lambda: self._write(iteration, *args, **kwargs))
+
+    def stop(self) -> None:
+        """Save the state in front of a step, and end."""
+        state, loop = self._state, self._loop
+        self._until_written(
+            lambda: self._write(
+                loop.iteration,
+                list(state.chunks),
+                state.optimizer,
+                state.scheduler,
+                loop.operations,
+            )
+        )
+        self._manager.stopped()
+        raise SystemExit("the agent is gone")
+
+    def _until_written(self, write: Callable[[], None]) -> None:
+        manager = self._manager
+        while True:
+            manager.mesh.absorb(False)
+            running = self._loop.running_timers()
+            try:
+                return write()
+            except Exception:
+                if manager.is_setting_up or not manager.has_failed:
+                    raise
+                self._loop.stop_timers(running)
+                self._mend_tracker()
+                self._whole.catch_up()
+
+    def _write(self, iteration: int, *args: Any, **kwargs: Any) -> None:
+        manager = self._manager
+        manager.phase("save")
+        manager.mesh.hold_replay(True)  # a newcomer may still be in its set-up
+        try:
+            self._save(iteration, *args, **kwargs)
+        finally:
+            manager.mesh.hold_replay(False)
+        manager.phase("save-vote")
+        manager.barrier()
+        self._newest = iteration
+        manager.saved = (manager.version, 1)
+        manager.checkpoint = str(Path(self._args.save, _folder(iteration)))
+
+    def _given_up(self, function: Callable[..., Any], what: str) -> Callable[..., Any]:
+        """Return ``function``, which gives up where a worker is lost."""
+        manager = self._manager
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if manager.version <= manager.furthest_of_all or manager.has_failed:
+                return self._say(what)
+            if manager.is_setting_up:
+                return function(*args, **kwargs)
+            running = self._loop.running_timers()
+            manager.mesh.absorb(False)
+            self._may_give_up = True
+            try:
+                return function(*args, **kwargs)
+            except Exception:
+                if not manager.has_failed:
+                    raise
+                self._loop.stop_timers(running)
+                self._mend_tracker()
+                return self._say(what)
+            finally:
+                self._may_give_up = False
+                manager.mesh.absorb(True)
+
+        return wrapper
+
+    def _say(self, what: str) -> None:
+        if self._manager.is_speaker:
+            print(
+                f"mnemosyne: a worker was lost while {what} was due or under way: it "
+                "is given up",
+                flush=True,
+            )
+
+    def _mend_tracker(self) -> None:
+        """Name the newest whole checkpoint, if a death has torn the file that does."""
+        if not self._manager.is_speaker or self._newest is None or not self._args.save:
+            return
+        tracker = Path(self._args.save, _TRACKER)
+        if tracker.exists() and _read_tracker(self._args.save) is None:
+            whole = tracker.with_suffix(".whole")
+            whole.write_text(str(self._newest))
+            os.replace(whole, tracker)
+
+
+def _folder(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def _read_tracker(folder: str | None) -> int | None:
+    """Return the iteration of the newest checkpoint; None if there is no number."""
+    try:
+        return int(Path(folder or "", _TRACKER).read_text().strip())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,154 @@
+"""A pretrain_gpt.py on the CPU: Megatron-LM's own ``pretrain``, on a small dataset.
+
+It is written as the script of the same name in Megatron-LM's source tree, and knows
+nothing of us. megatron.training comes from PYTHONPATH: PyPI has it in wheels for
+Python 3.12, whose Python files run under 3.11 as well (see wheels.py).
+"""
+
+import hashlib
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import cpu_cuda
+
+cpu_cuda.claim_gpus()
+
+import torch  # noqa: E402
+from megatron.core import mpu  # noqa: E402
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_layer_local_spec,
+)
+from megatron.training import arguments, get_args, pretrain, training  # noqa: E402
+from megatron.training.arguments import (  # noqa: E402
+    core_transformer_config_from_args,
+)
+from megatron.training.utils import get_batch_on_this_tp_rank  # noqa: E402
+
+
+class Words(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Random words, the same on every rank."""
+
+    def __init__(self, size: int, length: int, vocabulary: int) -> None:
+        self._size = size
+        self._length = length
+        self._vocabulary = vocabulary
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        length = self._length
+        generator = torch.Generator().manual_seed(index)
+        words = torch.randint(0, self._vocabulary, (length + 1,), generator=generator)
+        mask = torch.ones(1, length, length, dtype=torch.bool)
+        return {
+            "tokens": words[:-1],
+            "labels": words[1:],
+            "loss_mask": torch.ones(length),
+            "attention_mask": torch.triu(mask, 1),
+            "position_ids": torch.arange(length),
+        }
+
+
+def model_provider(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    args = get_args()
+    return GPTModel(
+        config=core_transformer_config_from_args(args),
+        transformer_layer_spec=get_gpt_layer_local_spec(),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        vp_stage=vp_stage,
+    )
+
+
+def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    batch = get_batch_on_this_tp_rank(data_iterator)
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+    )
+    mask = batch["loss_mask"]
+
+    def loss_func(output: torch.Tensor) -> tuple[Any, ...]:
+        loss = torch.sum(output.float().view(-1) * mask.view(-1))
+        num_tokens = mask.sum().clone().detach().to(torch.int)
+        report = torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])
+        return loss, num_tokens, {"lm loss": report}
+
+    return output, loss_func
+
+
+def datasets(sizes: list[int], vp_stage: int | None = None) -> list[Words]:
+    args = get_args()
+    shape = (args.seq_length, args.padded_vocab_size)
+    return [Words(size or 1, *shape) for size in sizes]
+
+
+datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def log_losses(path: Path) -> None:
+    """Have each step's exact loss, and the parameters behind it, in a file."""
+    train_step = training.train_step
+
+    def logging(*args: Any, **kwargs: Any) -> Any:
+        result = train_step(*args, **kwargs)
+        loss = result[0].get("lm loss")
+        text = "-" if loss is None else float(loss).hex()
+        sha = hashlib.sha256()
+        for chunk in args[2]:
+            for parameter in chunk.parameters():
+                sha.update(parameter.data.view(-1).view(torch.uint8).numpy().tobytes())
+        facts = (
+            f"loss:{text},norm:{float(result[5]).hex()},params:{sha.hexdigest()[:8]}"
+        )
+        line = f"{get_args().curr_iteration} {torch.distributed.get_rank()} {facts}\n"
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(file, line.encode())
+        os.close(file)
+        return result
+
+    train = training.train
+
+    def logged(*args: Any, **kwargs: Any) -> Any:
+        nonlocal train_step
+        # Here, for --mnemosyne has put its own in place by now.
+        train_step, training.train_step = training.train_step, logging
+        return train(*args, **kwargs)
+
+    training.train = logged
+
+
+def main() -> None:
+    if path := os.environ.get("LOSS_LOG"):
+        log_losses(Path(path))
+    kind = ModelType.encoder_or_decoder
+    parameters = inspect.signature(pretrain).parameters
+    if "cfg_container" not in parameters:  # 0.16 and 0.17 parse inside
+        pretrain(datasets, model_provider, kind, forward_step)
+        return
+    args = arguments.parse_and_validate_args()
+    config = arguments.pretrain_cfg_container_from_args(args)
+    if "model_provider" == list(parameters)[2]:  # 0.18
+        pretrain(config, datasets, model_provider, kind, forward_step)
+    else:
+        pretrain(config, datasets, kind, forward_step, model_provider=model_provider)
+
+
+if __name__ == "__main__":
+    assert mpu is not None
+    main()
