@@ -191,22 +191,27 @@ def preload(modules: Iterable[str]) -> str | None:
 def _may_preload(name: str, homes: Sequence[Path]) -> bool:
     if any(name == never or name.startswith(f"{never}.") for never in _NEVER_PRELOAD):
         return False
-    top = name.partition(".")[0]
+    top, *rest = name.split(".")
     if top in (*sys.builtin_module_names, "mnemosyne_plugin"):
         return True
     try:
         spec = importlib.util.find_spec(top)
+        # A namespace may be spread over folders, also over a user's own: what is in it
+        # counts. Looking for that imports nothing.
+        while spec is not None and spec.origin is None and rest:
+            top = f"{top}.{rest.pop(0)}"
+            spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return False
     if spec is None:
         return False
     if spec.origin in ("built-in", "frozen"):
         return True
-    places = [spec.origin, *(spec.submodule_search_locations or ())]
-    return any(
-        place and home in Path(place).resolve().parents
-        for place in places
-        for home in homes
+    places = (
+        [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
+    )
+    return bool(places) and all(
+        any(home in Path(place).resolve().parents for home in homes) for place in places
     )
 
 

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import typing
 from collections import defaultdict
 from types import SimpleNamespace
@@ -186,6 +187,7 @@ def _streams() -> None:
             minor=0,
             multi_processor_count=1,
             total_memory=1 << 34,
+            gcnArchName="none",
         )
     )
 
@@ -208,6 +210,8 @@ def claim_gpus() -> None:
 if not hasattr(typing, "override"):  # Megatron from 0.17 on is for Python 3.12
     typing.override = typing_extensions.override  # type: ignore[attr-defined]
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+if "torch._dynamo" in sys.modules:  # which has read that by now
+    torch._dynamo.config.disable = True
 torch.compile = _compile  # type: ignore[assignment]
 _devices()
 _streams()

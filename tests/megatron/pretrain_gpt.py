@@ -68,7 +68,7 @@ def model_provider(
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
         post_process=post_process,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        share_embeddings_and_output_weights=True,
         vp_stage=vp_stage,
     )
 
@@ -102,7 +102,7 @@ datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def log_losses(path: Path) -> None:
-    """Have each step's exact loss, and the parameters behind it, in a file."""
+    """Have each step's exact loss, and what the optimizer made, in a file."""
     train_step = training.train_step
 
     def logging(*args: Any, **kwargs: Any) -> Any:
@@ -143,7 +143,7 @@ def main() -> None:
         return
     args = arguments.parse_and_validate_args()
     config = arguments.pretrain_cfg_container_from_args(args)
-    if "model_provider" == list(parameters)[2]:  # 0.18
+    if list(parameters)[2] == "model_provider":  # 0.18
         pretrain(config, datasets, model_provider, kind, forward_step)
     else:
         pretrain(config, datasets, kind, forward_step, model_provider=model_provider)

@@ -114,7 +114,8 @@ def test_what_snapshots_cost_is_said_in_sizes_one_can_read() -> None:
 
 def test_a_chaos_spec_is_parsed() -> None:
     spec = "kill rank=2 step=12 phase=backward delay_ms=2.5"
-    assert parse(spec) == Fault(2, 12, "backward", 2.5)
+    assert parse(spec) == Fault(2, 12, "backward", delay_ms=2.5)
+    assert parse("kill rank=0 step=1 phase=p2p nth=3") == Fault(0, 1, "p2p", 3)
 
 
 @pytest.mark.parametrize(

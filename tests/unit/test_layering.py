@@ -19,7 +19,7 @@ LEVELS = (
     ("recovery",),
     ("data",),  # adapters have loaders of their own
     ("launch", "adapters"),
-    ("autoload", "chaos"),
+    ("autoload", "chaos", "megatron"),  # the last one: what its users import
     ("cli",),  # starts chaos when the user asks for it
 )
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}

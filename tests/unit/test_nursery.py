@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from mnemosyne_plugin.launch import nursery
 
 RUN = """
@@ -68,3 +70,17 @@ def test_the_standard_library_and_site_packages_are_libraries() -> None:
         assert nursery._may_preload(name, homes), name
     for name in ("__main__", "no_such_module", ""):
         assert not nursery._may_preload(name, homes), name
+
+
+def test_what_a_user_has_put_into_a_namespace_is_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, own = tmp_path / "library", tmp_path / "own"
+    for folder, package in ((library, "core"), (own, "training")):
+        (folder / "space" / package).mkdir(parents=True)
+        (folder / "space" / package / "__init__.py").write_text("raise RuntimeError")
+        monkeypatch.syspath_prepend(str(folder))
+    assert nursery._may_preload("space.core.parts", [library])
+    assert not nursery._may_preload("space.training.parts", [library])
+    assert not nursery._may_preload("space", [library])
+    assert "space.training" not in sys.modules

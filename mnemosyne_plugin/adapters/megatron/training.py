@@ -44,13 +44,17 @@ def hook(module: Any) -> None:
         config = config_of(module.get_args())
         if config is None:
             return set_up(*args, **kwargs)
-        why_not = "--mnemosyne needs `mnemosyne run`"
-        manager = current_manager(why_not)
+        manager = current_manager("--mnemosyne needs `mnemosyne run`")
 
         def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
             if manager.is_setting_up_alone:
                 return 0, 0  # the state of the job is newer
-            return load(*args, **kwargs)
+            # A newcomer does none of its collectives.
+            manager.mesh.hold_replay(True)
+            try:
+                return load(*args, **kwargs)
+            finally:
+                manager.mesh.hold_replay(False)
 
         module.load_checkpoint = load_checkpoint
         try:

@@ -1,0 +1,92 @@
+"""Megatron-LM's own ``pretrain`` (a wheel of PyPI, see Makefile), on the CPU."""
+
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cluster import LocalCluster
+from matrix.runs import assert_each_step_was_logged, first_difference
+from verdict import assert_survivors_stayed
+
+HARNESS = Path(__file__).resolve().parents[1] / "megatron"
+MEGATRON_LM = Path(sys.prefix) / "megatron-lm-0.17.0"
+ITERATIONS = 18
+ARGUMENTS = """
+--tensor-model-parallel-size 2 --num-layers 2 --hidden-size 32
+--num-attention-heads 2 --seq-length 16 --max-position-embeddings 16
+--micro-batch-size 2 --global-batch-size 8 --bf16 --lr 1e-2 --min-lr 1e-4
+--lr-decay-style cosine --lr-warmup-iters 1 --overlap-grad-reduce
+--transformer-impl local
+--distributed-backend gloo --tokenizer-type NullTokenizer --vocab-size 63
+--make-vocab-size-divisible-by 8 --no-gradient-accumulation-fusion
+--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion
+--no-persist-layer-norm --no-rope-fusion --num-workers 0 --log-interval 1
+--eval-interval 5 --eval-iters 1 --save-interval 3 --ckpt-format torch
+""".split()
+Job = Callable[..., LocalCluster]
+
+
+def pretrain(
+    cluster: Job, folder: Path, *args: str, chaos: Sequence[str] = ()
+) -> LocalCluster:
+    path = [str(MEGATRON_LM), str(HARNESS), os.environ.get("PYTHONPATH", "")]
+    return cluster(
+        folder=folder,
+        script=HARNESS / "pretrain_gpt.py",
+        script_args=[*ARGUMENTS, f"--train-iters={ITERATIONS}", *args],
+        procs_per_agent=4,
+        chaos=chaos,
+        env={
+            "LOSS_LOG": str(folder / "losses.txt"),
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        },
+    )
+
+
+def test_pretrain_survives_saves_when_told_to_end_and_resumes(
+    cluster: Job, tmp_path: Path
+) -> None:
+    healthy = pretrain(cluster, tmp_path / "healthy")
+    assert healthy.wait(100) == [0], healthy.output()
+    healthy.check_nothing_is_left()
+
+    checkpoints = tmp_path / "checkpoints"
+    chaos = [
+        "kill rank=1 step=2 phase=forward nth=2",
+        "kill rank=2 step=6 phase=save",
+        "kill rank=3 step=9 phase=mid-optimizer",
+        "kill rank=0 step=11 phase=norm",
+    ]
+    save = f"--save={checkpoints}"
+    job = pretrain(cluster, tmp_path / "killed", "--mnemosyne", save, chaos=chaos)
+    job.wait_for_step(12, timeout_s=100)
+    job.agents[0].send_signal(signal.SIGTERM)
+    assert job.wait(60) == [128 + signal.SIGTERM], job.output()
+    check(job, chaos)
+    last = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
+    assert f"saved: {checkpoints}/iter_{last:07d}" in job.output()
+    assert "a checkpoint was due or under way: it is given up" in job.output()
+
+    chaos = [f"kill rank=2 step={ITERATIONS - last - 2} phase=norm"]
+    load = [f"--load={checkpoints}", "--mnemosyne", "--mnemosyne-buddies=2"]
+    rest = pretrain(cluster, tmp_path / "rest", *load, chaos=chaos)
+    assert rest.wait(100) == [0], rest.output()
+    check(rest, chaos)
+
+    both = tmp_path / "losses.txt"
+    both.write_text(job.loss_log.read_text() + rest.loss_log.read_text())
+    rest.loss_log = both
+    assert first_difference(rest, healthy) is None
+    deaths = [e.fields["rank"] for each in (job, rest) for e in each.events("fault")]
+    assert_each_step_was_logged(rest, healthy, Counter(deaths))
+
+
+def check(job: LocalCluster, chaos: Sequence[str]) -> None:
+    deaths = Counter(event.fields["rank"] for event in job.events("fault"))
+    assert deaths.total() == len(chaos)
+    assert_survivors_stayed(job, deaths)
+    job.check_nothing_is_left()
