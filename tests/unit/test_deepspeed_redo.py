@@ -1,6 +1,7 @@
 """A redone step leaves the engine as an undisturbed one: real DeepSpeed."""
 
 import importlib
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -28,9 +29,8 @@ NUM_STEPS = 5
 class FakeManager:
     """Says REDO once at each of the steps that the test names."""
 
-    has_failed = False
-
     def __init__(self, redone_steps: set[int]) -> None:
+        self.has_failed = False
         self.version = 0
         self.left = set(redone_steps)
 
@@ -48,6 +48,7 @@ class FakeManager:
         return Outcome.COMMIT
 
     def recover(self) -> Outcome:
+        self.has_failed = False
         return Outcome.REDO
 
     def commit(self) -> Outcome:
@@ -120,14 +121,26 @@ def engine_of(precision: str, criterion: str, manager: FakeManager) -> Any:
 
 
 def train(
-    precision: str, criterion: str, redone_steps: set[int], poison: float = 0.0
+    precision: str,
+    criterion: str,
+    redone_steps: set[int],
+    poison: float = 0.0,
+    spoiled_forward: int | None = None,
 ) -> list[torch.Tensor]:
     """Return all state after a few steps, and the next random numbers.
 
     poison: added to the loss's factor in step 1; infinity makes the gradient overflow.
+    spoiled_forward: in this one a collective of the model fails, and gives zeros.
     """
     manager = FakeManager(redone_steps)
     engine = engine_of(precision, criterion, manager)
+    forwards = itertools.count()
+
+    def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        manager.has_failed = next(forwards) == spoiled_forward
+        return output * 0 if manager.has_failed else output
+
+    engine.module.register_forward_hook(spoil)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     for step in range(NUM_STEPS):
         for _ in range(2):
@@ -157,6 +170,15 @@ def test_a_step_that_overflowed_can_be_redone_too() -> None:
     healthy = train("bf16", "outside", set(), poison=infinite)
     redone = train("bf16", "outside", {1}, poison=infinite)
     assert all(torch.equal(a, b) for a, b in zip(healthy, redone, strict=True))
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_what_a_failure_spoils_in_forward_does_not_reach_the_script(
+    number: int,
+) -> None:
+    healthy = train("fp32", "outside", set())
+    spoiled = train("fp32", "outside", set(), spoiled_forward=number)
+    assert all(torch.equal(a, b) for a, b in zip(healthy, spoiled, strict=True))
 
 
 def test_inputs_that_were_changed_in_place_make_a_redo_an_error() -> None:

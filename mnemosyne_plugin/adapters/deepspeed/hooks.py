@@ -109,7 +109,6 @@ class EngineHooks:
         self._state = state
         self._manager = manager
         self._num_collectives = -1
-        self._gathers_in_forward = engine.zero_optimization_partition_weights()
         self._steps: list[_Step] = []  # those that may have to be made again
         self._is_in_step = False  # the last one is under way
         self._commit = Commit(manager)
@@ -153,11 +152,12 @@ class EngineHooks:
             try:
                 with self._commit.unwound():
                     output = self._forward(*args, **kwargs)
-                if not (self._gathers_in_forward and self._manager.has_failed):
+                if not self._manager.has_failed:
                     break
             except Redo:
                 pass
-            # What it has returned is made of parameters that never came.
+            # What it has returned may be made of what never came: parameters (ZeRO 3),
+            # tokens of other ranks (experts, Ulysses), statistics (synchronised norms).
             self.catch_up()
             restore_rng(micro_batch.rng)
         micro_batch.keep_gradients(output)
