@@ -31,9 +31,9 @@ class Redundancy:
             kind = "buddy" if is_sharded else "replica"
         if kind == "replica" and is_sharded:
             raise ConfigError(
-                "mnemosyne's redundancy is 'replica', but with ZeRO 1-3, a pipeline or "
-                "Megatron each rank may hold state that no other rank has; use 'buddy' "
-                "or 'auto'"
+                "mnemosyne's redundancy is 'replica', but with ZeRO 1-3, a pipeline, "
+                "experts or Megatron each rank may hold state that no other rank has; "
+                "use 'buddy' or 'auto'"
             )
         if kind == "none" and (config.checkpoint_dir or config.on_state_lost != "stop"):
             raise ConfigError(

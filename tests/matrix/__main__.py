@@ -11,12 +11,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from matrix import deepspeed_plan, megatron_plan  # noqa: E402
+from matrix import deepspeed_plan, deepspeed_ways, megatron_plan  # noqa: E402
 from matrix.plan import VICTIMS  # noqa: E402
 from matrix.runs import Runs  # noqa: E402
 from matrix.table import Table  # noqa: E402
 
-PLANS = {"deepspeed": deepspeed_plan, "megatron": megatron_plan}
+PLANS = {
+    "deepspeed": deepspeed_plan,
+    "deepspeed-ways": deepspeed_ways,
+    "megatron": megatron_plan,
+}
 FP16 = (
     "fp16: where the CPU has no instructions for it, DeepSpeed itself says `Type fp16 "
     "is not supported on your device`; the script tells it that torch can compute it"

@@ -157,7 +157,7 @@ class Runs:
         num_standbys: int = 1,
     ) -> LocalCluster:
         self._number += 1
-        folder = self._folder / f"{self._number:03d}-{name}"
+        folder = self._folder / f"{self._number:03d}-{name.replace(' ', '-')}"
         folder.mkdir(parents=True)
         return LocalCluster(
             folder=folder,

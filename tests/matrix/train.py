@@ -20,12 +20,20 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.runtime.dataloader import RepeatingLoader  # noqa: E402
+from deepspeed.runtime.sequence_parallel import parallel_state_sp  # noqa: E402
 from deepspeed.utils import logger  # noqa: E402
 from facts import append, digest  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
 
-from model import Net, Sentences, groups, pipeline  # noqa: E402
+from model import (  # noqa: E402
+    Attention,
+    Mixture,
+    Net,
+    Sentences,
+    groups,
+    pipeline,
+)
 
 logger.setLevel(logging.ERROR)
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -42,8 +50,12 @@ def main() -> None:
     rank = torch.distributed.get_rank()
     seed_all(1)
     model = pipeline(args.stages) if args.stages else net(args)
-    seed_all(2 + rank)
-    train = train_in_stages if args.stages else train_in_one_piece
+    seed_all(2 + rank // args.sequence_parts)
+    train = train_in_one_piece
+    if args.stages:
+        train = train_in_stages
+    elif args.sequence_parts > 1:
+        train = train_on_parts
     engine, steps = train(args, model)
     for step, (loss, inputs) in zip(
         range(engine.global_steps, args.steps), steps, strict=False
@@ -62,6 +74,11 @@ def net(args: argparse.Namespace) -> Net:
     )
     with sharded:
         model = Net()
+    if args.expert_parts:
+        model.mixture = Mixture(args.expert_parts)
+    if args.sequence_parts > 1:
+        parallel_state_sp.initialize_sequence_parallel(args.sequence_parts)
+        model.attention = Attention(parallel_state_sp.get_sequence_parallel_group())
     if args.freeze_blocks:
         for name, parameter in model.blocks.named_parameters():
             parameter.requires_grad_("norm" in name)
@@ -83,21 +100,40 @@ def train_in_one_piece(
         config=str(args.deepspeed_config),
     )
     loader.num_local_io_workers, loader.pin_memory = 0, False
+    return engine, three_calls(engine, RepeatingLoader(loader))
 
-    def steps() -> Iterator[tuple[float, Any]]:
-        batches = RepeatingLoader(loader)
-        while True:
-            losses, inputs = [], []
-            for _ in range(engine.gradient_accumulation_steps()):
-                words, target = next(batches)
-                loss = engine(words, target)
-                engine.backward(loss)
-                engine.step()
-                losses.append(loss.item())
-                inputs.append(words)
-            yield sum(losses) / len(losses), inputs
 
-    return engine, steps()
+def train_on_parts(
+    args: argparse.Namespace, model: Any
+) -> tuple[Any, Iterator[tuple[float, Any]]]:
+    """The same with a part of each sequence, by Ulysses."""
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        model_parameters=groups(model),
+        mpu=parallel_state_sp,
+        config=str(args.deepspeed_config),
+    )
+    num_parts = args.sequence_parts
+    replica, part = divmod(engine.global_rank, num_parts)
+    # A newcomer reads its first batch in front of the step, in no known random state.
+    data = Sentences(is_disturbed=False)
+    batches = resumed(engine, data, engine.world_size // num_parts, replica)
+    parts = ([x.chunk(num_parts, 1)[part] for x in batch] for batch in batches)
+    return engine, three_calls(engine, parts)
+
+
+def three_calls(engine: Any, batches: Iterator[Any]) -> Iterator[tuple[float, Any]]:
+    """Make one step after the other; yield the loss and the inputs of each."""
+    while True:
+        losses, inputs = [], []
+        for _ in range(engine.gradient_accumulation_steps()):
+            words, target = next(batches)
+            loss = engine(words, target)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+            inputs.append(words)
+        yield sum(losses) / len(losses), inputs
 
 
 def train_in_stages(
@@ -109,23 +145,31 @@ def train_in_stages(
         model_parameters=groups(model),
         config=str(args.deepspeed_config),
     )
-    data = Sentences()
-    sampler = DistributedSampler(
-        data,
-        num_replicas=engine.grid.get_data_parallel_world_size(),
-        rank=engine.grid.get_data_parallel_rank(),
+    grid = engine.grid
+    batches = resumed(
+        engine,
+        Sentences(),
+        grid.get_data_parallel_world_size(),
+        grid.get_data_parallel_rank(),
     )
-    micro_batch = engine.train_micro_batch_size_per_gpu()
-    loader = DataLoader(data, micro_batch, sampler=sampler, drop_last=True)
-    batches = RepeatingLoader(loader)
-    for _ in range(engine.global_steps * engine.gradient_accumulation_steps()):
-        next(batches)
 
     def steps() -> Iterator[tuple[float, Any]]:
         while True:
             yield engine.train_batch(batches).item(), ()
 
     return engine, steps()
+
+
+def resumed(engine: Any, data: Sentences, num_replicas: int, rank: int) -> Any:
+    """Return batches from where the engine is on, found as after a resume."""
+    sampler: Any = DistributedSampler(data, num_replicas=num_replicas, rank=rank)
+    micro_batch = engine.train_micro_batch_size_per_gpu()
+    batches = RepeatingLoader(
+        DataLoader(data, micro_batch, sampler=sampler, drop_last=True)
+    )
+    for _ in range(engine.global_steps * engine.gradient_accumulation_steps()):
+        next(batches)
+    return batches
 
 
 def state(engine: Any) -> dict[str, Any]:
@@ -173,6 +217,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--zero-init", action="store_true", help="born in shards")
     parser.add_argument("--freeze-blocks", action="store_true", help="but their norms")
     parser.add_argument("--checkpoint-blocks", choices=["reentrant", "not-reentrant"])
+    parser.add_argument("--expert-parts", type=int, default=0, help="0: no experts")
+    parser.add_argument("--sequence-parts", type=int, default=1, help="by Ulysses")
     parser.add_argument("--claim-fp16", action="store_true", help="fp16 on any CPU")
     parser.add_argument("--loss-log", type=Path, required=True)
     parser.add_argument("--final-state", type=Path, required=True)

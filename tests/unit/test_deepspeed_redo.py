@@ -4,6 +4,7 @@ import importlib
 import itertools
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,9 @@ from mnemosyne_plugin.adapters.deepspeed.hooks import (  # noqa: E402
     EngineHooks,
     check_targets,
 )
-from mnemosyne_plugin.adapters.deepspeed.state import (  # noqa: E402
-    EngineState,
-    check_supported,
-)
-from mnemosyne_plugin.errors import StateMismatch  # noqa: E402
+from mnemosyne_plugin.adapters.deepspeed.state import EngineState  # noqa: E402
+from mnemosyne_plugin.adapters.deepspeed.support import check_supported  # noqa: E402
+from mnemosyne_plugin.errors import ConfigError, StateMismatch  # noqa: E402
 from mnemosyne_plugin.recovery.commit import Outcome  # noqa: E402
 
 NUM_STEPS = 5
@@ -179,6 +178,28 @@ def test_what_a_failure_spoils_in_forward_does_not_reach_the_script(
     healthy = train("fp32", "outside", set())
     spoiled = train("fp32", "outside", set(), spoiled_forward=number)
     assert all(torch.equal(a, b) for a, b in zip(healthy, spoiled, strict=True))
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"mpu": object()},
+        {"optimizer": None},
+        {"_autoep_folding_spec": object()},
+        {"has_moe_layers": True, "pipeline_parallelism": True},
+        {"zero_hpz_partition_size": lambda: 2},
+        {"zero_quantized_gradients": lambda: True},
+        {"zero_offload_param": lambda: SimpleNamespace(device="nvme")},
+        # As with an optimizer that is derived from one of ZeRO's.
+        {"zero_optimization": lambda: True},
+    ],
+    ids=", ".join,
+)
+def test_what_is_not_protected_is_refused(attributes: dict[str, Any]) -> None:
+    engine = engine_of("fp32", "inside", FakeManager(set()))
+    vars(engine).update(attributes)
+    with pytest.raises(ConfigError):
+        check_supported(engine)
 
 
 def test_inputs_that_were_changed_in_place_make_a_redo_an_error() -> None:

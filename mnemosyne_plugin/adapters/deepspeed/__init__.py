@@ -78,7 +78,8 @@ def attach(engine: Any) -> None:
     # Imported here, so that a process that only imports deepspeed does not pay for it.
     from mnemosyne_plugin.adapters.deepspeed import hooks, pipe
     from mnemosyne_plugin.adapters.deepspeed.checkpoint import Checkpoints
-    from mnemosyne_plugin.adapters.deepspeed.state import EngineState, check_supported
+    from mnemosyne_plugin.adapters.deepspeed.state import EngineState
+    from mnemosyne_plugin.adapters.deepspeed.support import check_supported
     from mnemosyne_plugin.adapters.deepspeed.zero import STAGES, ZeroState
     from mnemosyne_plugin.adapters.redundancy import Redundancy
     from mnemosyne_plugin.data import positions, resumable
@@ -87,7 +88,8 @@ def attach(engine: Any) -> None:
     (pipe if is_pipeline else hooks).check_targets(engine)
     check_supported(engine)
     is_zero = type(engine.optimizer).__name__ in STAGES
-    redundancy = Redundancy.of(config, is_zero or is_pipeline, manager.nodes)
+    is_sharded = is_zero or is_pipeline or engine.has_moe_layers
+    redundancy = Redundancy.of(config, is_sharded, manager.nodes)
     is_to_speak = manager.rank == 0 and not manager.is_setting_up_alone
     if redundancy.kind == "none":
         if is_to_speak:

@@ -3,9 +3,6 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from mnemosyne_plugin.errors import ConfigError
 from mnemosyne_plugin.state.manifest import Entry
 from mnemosyne_plugin.state.torch_state import (
     Buffers,
@@ -20,13 +17,6 @@ from mnemosyne_plugin.state.torch_state import (
 )
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-# Where DeepSpeed's optimizers keep their fp32 copies of parameters.
-_MASTERS = (
-    "fp32_groups",
-    "fp32_groups_flat_partition",
-    "single_partition_of_fp32_groups",
-    "fp32_partitioned_groups_flat",
-)
 _SCALAR_TYPES = (bool, int, float, str, type(None))
 
 
@@ -171,34 +161,3 @@ def _scalars_of(owner: Any) -> dict[str, Any]:
         for name, value in vars(owner).items()
         if isinstance(value, _SCALAR_TYPES)
     }
-
-
-def check_supported(engine: Any) -> None:
-    """Raise ConfigError unless this kind of engine is protected by this version."""
-    is_pipeline = engine.pipeline_parallelism
-    is_managed = engine.managed_gradient_accumulation()
-    reasons = {
-        "a loss scaler of torch.autocast": bool(engine.torch_autocast_z0_gradscaler),
-        "mixture of experts": engine.has_moe_layers,
-        "managed_gradient_accumulation=false": not is_managed,
-        "a model-parallel unit (mpu)": engine.mpu is not None and not is_pipeline,
-        "no optimizer": engine.optimizer is None,
-    }
-    for reason, is_given in reasons.items():
-        if is_given:
-            raise ConfigError(
-                f"mnemosyne cannot protect {reason} yet; set mnemosyne.enabled to "
-                "false to run unprotected"
-            )
-    optimizer = torch_optimizer(engine)
-    is_wrapped = optimizer is not engine.optimizer
-    # torch marks the step functions that run its hooks; our vote is one of them.
-    is_hooked = getattr(type(optimizer).step, "hooked", False)
-    is_known = not is_wrapped or any(
-        hasattr(engine.optimizer, name) for name in _MASTERS
-    )
-    if not (isinstance(optimizer, torch.optim.Optimizer) and is_hooked and is_known):
-        raise ConfigError(
-            f"mnemosyne cannot protect the optimizer {type(engine.optimizer).__name__} "
-            "yet; use one of torch.optim"
-        )

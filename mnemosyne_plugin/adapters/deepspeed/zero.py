@@ -227,8 +227,9 @@ class ZeroState:
             if id(parameter) in optimized:
                 continue
             mine = getattr(parameter, "ds_tensor", parameter)
-            # Ranks of another stage of a pipeline have other parameters.
-            if mine is not parameter or engine.pipeline_parallelism:
+            # Ranks of another stage of a pipeline have other parameters or experts.
+            is_own = engine.pipeline_parallelism or engine.has_moe_layers
+            if mine is not parameter or is_own:
                 self._frozen_shards[f"frozen/{name}"] = mine.data
             else:
                 self._frozen[f"parameter/{name}"] = parameter.data
