@@ -78,7 +78,7 @@ def attach(engine: Any) -> None:
     # Imported here, so that a process that only imports deepspeed does not pay for it.
     from mnemosyne_plugin.adapters.deepspeed import hooks, pipe
     from mnemosyne_plugin.adapters.deepspeed.checkpoint import Checkpoints
-    from mnemosyne_plugin.adapters.deepspeed.state import EngineState
+    from mnemosyne_plugin.adapters.deepspeed.state import EngineState, make_repeatable
     from mnemosyne_plugin.adapters.deepspeed.support import check_supported
     from mnemosyne_plugin.adapters.deepspeed.zero import STAGES, ZeroState
     from mnemosyne_plugin.adapters.redundancy import Redundancy
@@ -96,6 +96,7 @@ def attach(engine: Any) -> None:
             print(redundancy.start_line(has_loader=False), flush=True)
         return
     state = ZeroState(engine) if is_zero else EngineState(engine)
+    make_repeatable(state.optimizer)
     # A pipeline engine's is in a RepeatingLoader, which has wrapped it.
     if engine.training_dataloader is not None and not is_pipeline:
         engine.training_dataloader = resumable(engine.training_dataloader)

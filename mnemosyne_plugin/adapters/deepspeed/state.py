@@ -150,6 +150,23 @@ def reset_timers(engine: Any, running: Collection[str] = ()) -> None:
             timer.reset()
 
 
+def make_repeatable(optimizer: Any) -> None:
+    """Let each step of an optimizer follow from the state that we copy alone.
+
+    DeepSpeed's Adam for the CPU multiplies the powers of its betas up from step to
+    step, out of sight: a newcomer's differ in the last bit. Made anew, it computes them
+    from the number of the step.
+    """
+
+    def make_anew(adam: Any, *_: Any) -> None:
+        group = adam.param_groups[0]
+        rates = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+        adam.ds_opt_adam.create_adam(adam.opt_id, *rates, adam.adam_w_mode, False)
+
+    if type(optimizer).__name__ == "DeepSpeedCPUAdam":
+        optimizer.register_step_pre_hook(make_anew)
+
+
 def torch_optimizer(engine: Any) -> Any:
     """Return the optimizer whose ``step`` mutates the parameters."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
