@@ -187,6 +187,7 @@ def test_what_a_failure_spoils_in_forward_does_not_reach_the_script(
         {"optimizer": None},
         {"_autoep_folding_spec": object()},
         {"has_moe_layers": True, "pipeline_parallelism": True},
+        {"zenflow": True},
         {"zero_hpz_partition_size": lambda: 2},
         {"zero_quantized_gradients": lambda: True},
         {"zero_offload_param": lambda: SimpleNamespace(device="nvme")},

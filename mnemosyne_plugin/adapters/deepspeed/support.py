@@ -42,6 +42,7 @@ def check_supported(engine: Any) -> None:
         "a model-parallel unit (mpu)": not is_known_mpu,
         "offload to NVMe": is_on_disk,
         "ZeRO++": is_zero_pp,
+        "ZenFlow": engine.zenflow,
         "this kind of ZeRO optimizer": engine.zero_optimization() and not is_known_zero,
     }
     for reason, is_given in reasons.items():
