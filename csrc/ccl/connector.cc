@@ -1,9 +1,11 @@
 #include "ccl/connector.h"
 
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
@@ -21,10 +23,15 @@ namespace {
 // accepts.
 constexpr Milliseconds kAnswerTime{10'000};
 constexpr Milliseconds kDialTime{30'000};
-// Who connects and says nothing holds a place until the deadline, or until so
-// many newer ones came. More than the workers of a large job that dial at one
-// moment.
+// Who connects and says nothing holds a place, and so a descriptor. All places
+// together take at most a quarter of what this process may have: links, the
+// script's files and our own dials need the rest.
 constexpr size_t kMaxAnswers = 1024;
+constexpr rlim_t kShareOfDescriptors = 4;
+// With no place left, whoever has had one for so long without an end gives it
+// to the next in the queue. Not earlier: more workers of a large job may dial
+// at one moment than there are places.
+constexpr Milliseconds kPlaceTime{1'000};
 // The peer may have dropped us for that reason: try again, but not for ever,
 // since it also closes when our secret is wrong.
 constexpr int kMaxAttempts = 5;
@@ -61,6 +68,14 @@ std::string hostId() {
 bool mayPass(int error) {
   return error == EMFILE || error == ENFILE || error == ENOBUFS ||
          error == ENOMEM;
+}
+
+// Asked for each time: the script may change it.
+size_t numPlaces() {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return kMaxAnswers;
+  return std::clamp<rlim_t>(limit.rlim_cur / kShareOfDescriptors, 1,
+                            kMaxAnswers);
 }
 
 std::string randomName() {
@@ -124,7 +139,18 @@ Connector::Connector(EventLoop& loop, Host& host, uint64_t worker_id,
 }
 
 void Connector::acceptAll(int listener, bool is_shm) {
-  while (Fd socket = acceptOne(listener)) {
+  const size_t num_places = numPlaces();
+  const auto hasRoom = [&] {
+    return answers_.size() < num_places ||
+           answers_.front()->deadline().remainingMs() <=
+               (kAnswerTime - kPlaceTime).count();
+  };
+  while (hasRoom()) {
+    Fd socket = acceptOne(listener);
+    if (!socket) {
+      if (!wouldBlock()) accept_at_ = Deadline::in(kRetryPause);
+      return;
+    }
     answers_.push_back(Handshake::answer(
         self_, std::move(socket), is_shm, [this] { return host_.standing(); },
         [this](const Hello& hello) {
@@ -136,12 +162,12 @@ void Connector::acceptAll(int listener, bool is_shm) {
         Deadline::in(kAnswerTime)));
     Handshake* handshake = answers_.back().get();
     loop_.watch(handshake->fd(), handshake);
-    if (answers_.size() <= kMaxAnswers) continue;
+    if (answers_.size() <= num_places) continue;
     bury(std::move(answers_.front()));
     answers_.pop_front();
     host_.onRefused();
   }
-  if (!wouldBlock()) accept_at_ = Deadline::in(kRetryPause);
+  accept_at_ = Deadline::in(kRetryPause);
 }
 
 void Connector::dial(uint64_t worker_id, const std::string& address) {

@@ -108,8 +108,8 @@ class Connector {
   std::list<std::unique_ptr<Handshake>> answers_;  // oldest first
   // The id of the newest link to each worker, whether it lives or not.
   std::unordered_map<uint64_t, uint64_t> link_ids_;
-  // When to accept again what could not be accepted for want of descriptors:
-  // who waits in the queue already makes no new event.
+  // When to accept again what could not be accepted for want of descriptors or
+  // places: who waits in the queue already makes no new event.
   Deadline accept_at_ = Deadline::never();
 };
 

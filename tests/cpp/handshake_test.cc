@@ -4,10 +4,12 @@
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <cstring>
+#include <filesystem>
 #include <random>
 
 #include "ccl/connector.h"
@@ -68,6 +70,25 @@ Hello helloTo(const World& world, uint64_t from = kStranger) {
   hello.at = {world.epoch, Mesh::digestOf(world.members)};
   return hello;
 }
+
+size_t numDescriptors() {
+  const std::filesystem::directory_iterator all("/proc/self/fd");
+  return static_cast<size_t>(std::distance(begin(all), end(all)));
+}
+
+// Allows this process only so many descriptors.
+class FewDescriptors {
+ public:
+  explicit FewDescriptors(rlim_t count) {
+    EXPECT_EQ(::getrlimit(RLIMIT_NOFILE, &before_), 0);
+    const rlimit few{count, before_.rlim_max};
+    EXPECT_EQ(::setrlimit(RLIMIT_NOFILE, &few), 0);
+  }
+  ~FewDescriptors() { ::setrlimit(RLIMIT_NOFILE, &before_); }
+
+ private:
+  rlimit before_{};
+};
 
 // The two ranks go on as before.
 void checkUndisturbed(World& world,
@@ -227,6 +248,35 @@ TEST(an_authentic_peer_that_sends_nonsense_is_a_lost_peer) {
   ++world.epoch;
   world.seat(0);
   EXPECT(endsWith<PeerLost>(world.recv(groups[0], 1, 0, 1)));
+}
+
+// They get a quarter of the descriptors, and who is new gets the place of who
+// has been silent for long.
+TEST(silent_strangers_use_up_neither_the_descriptors_nor_the_places) {
+  constexpr size_t kLimit = 400, kStrangers = 150;
+  FewDescriptors few(kLimit);
+  World world(2, false);
+  auto groups = world.groups();
+  const size_t before = numDescriptors();
+  std::vector<std::unique_ptr<Stranger>> strangers;
+  const auto num_held = [&] {
+    return numDescriptors() - before - strangers.size();
+  };
+  while (strangers.size() < kStrangers)
+    strangers.push_back(std::make_unique<Stranger>(*world.meshes[0]));
+  const Deadline deadline = Deadline::in(Milliseconds(8'000));
+  while (num_held() < kLimit / 4) EXPECT(!deadline.expired());
+  EXPECT(num_held() <= kLimit / 4 + 1);
+  // Rank 1, which alone dials, waits behind all of them.
+  auto sent = world.send(groups[1], 0, 0, {7});
+  const Deadline linked = Deadline::in(Milliseconds(30'000));
+  while (world.meshes[0]->counters()["links_open"] < 1)
+    EXPECT(!linked.expired());
+  world.recv(groups[0], 1, 0, 1)->wait();
+  sent->wait();
+  EXPECT(world.meshes[0]->counters()["handshakes_refused"] > 0);
+  EXPECT(num_held() <= kLimit / 4 + 1);
+  checkUndisturbed(world, groups);
 }
 
 // A link between two living workers that breaks is replaced as well.
