@@ -92,6 +92,8 @@ class Agent:
         self._stopped_by: signal.Signals | None = None
         self.exit_code: int | None = None
         self.finish: Finish | None = None
+        self.checkpoint = ""
+        """The newest that this node's workers have told of."""
         self.failed: dict[int, Worker] = {}
         """Workers of this agent that held a rank and died, by their id."""
         self.logs: RankLogs | None = None
@@ -223,6 +225,8 @@ class Agent:
             self._tell(
                 LinkLost(attempt=attempt, rank=rank, lost_rank=lost, epoch=epoch)
             )
+        elif kind == "checkpoint":
+            self.checkpoint = message["folder"]
         elif kind == "can_save":
             worker.can_save = True
         elif kind == "saved":

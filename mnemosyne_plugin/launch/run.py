@@ -180,6 +180,8 @@ def _print_end(agent: Agent) -> None:
     worker = agent.failed.get(finish.worker_id)
     if worker is not None and agent.board is not None and agent.logs is not None:
         lines += _describe(worker, worker.rank - agent.board.first_rank, agent.logs)
+    if finish.exit_code < 128 and agent.checkpoint:
+        lines.append(f"  checkpoint: {agent.checkpoint}, the newest of this run")
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 

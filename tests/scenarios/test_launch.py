@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from cluster import MARKER, ROOT, LocalCluster, free_port
+from cluster import MARKER, POLL_S, ROOT, LocalCluster, free_port, send_signal
 
 HERE = Path(__file__).parent
 Launch = Callable[..., "Job"]
@@ -399,6 +400,48 @@ def test_a_nursery_that_dies_is_replaced(launch: Launch) -> None:
         job.kill(1)
         job.wait_for_events("seated", 2 + count)
     assert job.wait() == [0], job.output()
+    job.check_nothing_is_left()
+
+
+def test_a_job_that_may_replace_nobody_ends_and_names_the_checkpoint(
+    launch: Launch,
+) -> None:
+    source = f"""{TRAIN}
+manager.channel.send("checkpoint", folder="/saved/step8")
+if manager.rank == 1:
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+    os.kill(os.getpid(), 9)
+time.sleep(600)
+    """
+    job = launch(source, "--max-restarts=0", num_standbys=1)
+    job.wait_for_events("protected", 2)
+    (job.folder / "go").touch()
+    assert job.wait(20) == [1], job.output()
+    assert "rank 1 was killed by signal 9; --max-restarts 0 is used up" in job.output()
+    assert "/saved/step8" in job.output()
+    job.check_nothing_is_left()
+
+
+def test_a_job_whose_nurseries_all_die_ends_and_names_the_checkpoint(
+    launch: Launch,
+) -> None:
+    source = f"""{TRAIN}
+manager.channel.send("checkpoint", folder="/saved/step8")
+time.sleep(600)
+    """
+    job = launch(source, procs_per_agent=1)
+    job.wait_for_events("protected", 1)
+    killed: set[int] = set()
+    while job.agents[0].poll() is None:
+        ours = {job.agents[0].pid, *job.pids(0)}
+        for pid in set(job.processes()) - ours - killed:
+            send_signal(pid, signal.SIGKILL)
+            killed.add(pid)
+        time.sleep(POLL_S)
+    assert job.wait(20) == [3], job.output()
+    assert "its nursery ended with exit code -9" in job.output()
+    assert "/saved/step8" in job.output()
     job.check_nothing_is_left()
 
 
