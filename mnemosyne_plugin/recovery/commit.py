@@ -57,6 +57,8 @@ class Report:
     """It knows that the job ends in front of the next step."""
     wards: Mapping[int, Sequence[int]] = field(default_factory=dict)
     """Ward -> versions of its shard that this rank keeps."""
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    """What it loads, in front of which ``version``; empty if it loads nothing."""
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values; keys become text."""

@@ -9,9 +9,10 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from mnemosyne_plugin import ccl
 from mnemosyne_plugin.ccl.intercept import group_ids, serve_process_groups
@@ -98,10 +99,12 @@ class Manager:
         """Steps before this one are never made again."""
         self.saved = (-1, 0)
         """The last checkpoint in place: made at which version, the n-th there."""
-        self.checkpoint = ""
-        """The folder of the newest checkpoint that the script has saved or loaded."""
+        self._checkpoint = ""
         self.on_stop: Callable[[], None] | None = None
         """Called in front of a step on all ranks, if the job is to save and to end."""
+        self.owed: Mapping[str, Any] = {}
+        """What the others load in front of a version that this rank is to load too."""
+        self._loading: Mapping[str, Any] = {}
         self._is_stopping = False
         self._passed_version = -1
         self.furthest_of_all = -1
@@ -199,6 +202,18 @@ class Manager:
             protection is not None and protection.is_sharded and protection.is_in_place
         )
 
+    @property
+    def checkpoint(self) -> str:
+        """The folder of the newest checkpoint that the script has saved or loaded."""
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, folder: str) -> None:
+        if folder != self._checkpoint:
+            self._checkpoint = folder
+            # It names it if the job cannot go on.
+            self._agent.send("checkpoint", folder=folder)
+
     def barrier(self) -> None:
         """Wait for all ranks; never absorbed."""
         self._control.minimum(0)
@@ -210,6 +225,57 @@ class Manager:
         already, or do not call what the others are in. All ranks skip just that.
         """
         return save <= self.saved or save[0] <= self._passed_version
+
+    def load(
+        self,
+        call: Callable[[], None],
+        what: Mapping[str, Any],
+        catch_up: Callable[[], Any],
+    ) -> None:
+        """Have ``call`` change the shards of all ranks, between two steps. Collective.
+
+        It leads to a version of its own, which all buddies have when this returns. If
+        a worker dies in it, all go back and call it again; a newcomer is told ``what``.
+
+        what: JSON values that say how to load the same. catch_up: calls ``recover``,
+        and makes the steps from there on again.
+        """
+        before = self.version
+        self._loading = {**what, "version": before}
+        try:
+            while self.version == before:
+                try:
+                    self._load(call)
+                except Exception:
+                    if not self.has_failed:
+                        raise
+                    catch_up()
+        finally:
+            self._loading = {}
+        self.owed = {}
+
+    def _load(self, call: Callable[[], None]) -> None:
+        failure = self.mesh.failure()
+        if failure is not None:
+            raise failure
+        protection = self._protected()
+        if not self.is_setting_up_alone:
+            protection.begin(self.version)
+        protection.begin_load(self.version)
+        self._agree_to_load()
+        self.phase("load")
+        protection.is_clean = False
+        self.mesh.hold_replay(True)
+        try:
+            call()
+        finally:
+            self.mesh.hold_replay(False)
+        self.phase("loaded")
+        self.version += 1
+        self._furthest = max(self._furthest, self.version)
+        protection.end_load(self.version)
+        protection.settle(self.version)
+        self._agree_to_load()
 
     def begin(self) -> Outcome:
         """Begin step number ``version``: from here to ``end`` failures are absorbed.
@@ -238,6 +304,12 @@ class Manager:
         if failure is not None:
             raise failure
         protection = self._protected()
+        if self.owed.get("version") == self.version:
+            raise FatalError(
+                f"a worker was lost when all ranks were to load {self.owed}, and the "
+                f"script of rank {self.rank}, which another worker runs now, goes on "
+                "without that; start the job again from that checkpoint"
+            )
         protection.begin(self.version)
         if not self._has_told_protection:
             self._tell_protection()
@@ -382,17 +454,30 @@ class Manager:
     def _vote(self) -> None:
         self._has_voted = True
         is_asked = self._agent.is_stop_asked and self.on_stop is not None
-        lowest, highest, stop = self._control.minimum(
-            self.version, -self.version, -int(is_asked)
-        )
+        self._is_stopping = self._agree(self.version, is_asked)
+
+    def _agree_to_load(self) -> None:
+        """Wait for all ranks; who is in a step votes for another number."""
+        self._agree(-1 - self.version, is_asked=False)
+
+    def _agree(self, number: int, is_asked: bool) -> bool:
+        """Wait until all ranks have told ``number``; True if one is asked to stop."""
+        lowest, highest, stop = self._control.minimum(number, -number, -int(is_asked))
         highest = -highest
+        if lowest < 0 <= highest:
+            raise StateMismatch(
+                f"some ranks load a checkpoint, others make step {highest}: does "
+                "every rank's script, one started anew too, load in front of the same "
+                "steps?",
+                key="step",
+            )
         if lowest != highest:
             raise StateMismatch(
                 f"ranks are at different steps ({lowest} to {highest}): does every "
                 "rank run the same number of steps?",
                 key="step",
             )
-        self._is_stopping = stop < 0
+        return stop < 0
 
     def _recover(self) -> Decision:
         """Bring the whole job to one version. Returns when this rank is part of it."""
@@ -447,11 +532,15 @@ class Manager:
             self.saved = (newest.saved[0], newest.saved[1])
             self.checkpoint = newest.checkpoint
         self._is_stopping = any(report.is_stopping for report in reports)
+        loads = [report.loading for report in reports if report.loading]
         try:
             decision = decide(reports)
         except NoSourceForState as error:
             where = self.checkpoint or "none was saved or loaded in this run"
             raise NoSourceForState(f"{error} ({where})", error.keys) from None
+        # Where the job is behind it, all have loaded.
+        left = [load for load in loads if load["version"] >= decision.target]
+        self.owed = left[0] if left else {}
         furthest = max(report.furthest for report in reports)
         self.furthest_of_all = max(self.furthest_of_all, furthest)
         if decision.newcomers:
@@ -473,6 +562,7 @@ class Manager:
             saved=self.saved,
             checkpoint=self.checkpoint,
             is_stopping=self._is_stopping,
+            loading=self._loading,
             **self._protected().report(),
         )
         blobs = self._control.gather(json.dumps(report.to_json()).encode())

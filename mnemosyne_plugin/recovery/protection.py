@@ -131,6 +131,30 @@ class Protection:
             pack = self._mirrors.own(version) or b""
             self._snapshots.take(version, self._shard, pack)
 
+    def begin_load(self, version: int) -> None:
+        """In front of a load: have ``version`` where a failure of it goes back to.
+
+        Raises the RecoverableError that ended a transfer.
+        """
+        assert self._snapshots is not None and self._shard is not None
+        if self._snapshots.due(version) != version:
+            pack = self._mirrors.own(version) or b""
+            self._snapshots.take(version, self._shard, pack, is_base=True)
+        self._snapshots.complete(version)
+
+    def end_load(self, version: int) -> None:
+        """The shard was loaded, and is ``version`` now; nothing goes back behind it."""
+        assert self._snapshots is not None and self._shard is not None
+        # A load moves neither the random state nor the data, and the script of a
+        # newcomer has come to neither of them yet.
+        rng = self._begin_rng or self._rng or capture_rng()
+        local = pickle.loads(self._mirrors.own(version - 1) or self._pack(rng))
+        local |= {"rng": rng, "has_moved_between": self._has_moved_between}
+        pack = pickle.dumps(local)
+        self._mirrors.remember(version, pack)
+        self.is_clean = True
+        self._snapshots.take(version, self._shard, pack, is_base=True)
+
     def collect(self) -> None:
         """Take in what buddies have sent, without waiting."""
         self._mirrors.collect()

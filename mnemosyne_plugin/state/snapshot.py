@@ -138,6 +138,7 @@ class Snapshots:
         """Keep snapshots of each version that ``every`` divides."""
         self._buddies = buddies
         self._every = every
+        self._base = 0  # the newest version that was kept without being due
         self._own: dict[int, Image] = {}
         self._of_wards: dict[int, dict[int, Image]] = {ward: {} for ward in wards}
         self._incoming: dict[int, _Incoming] = {}
@@ -163,10 +164,17 @@ class Snapshots:
 
     def due(self, version: int) -> int:
         """Return the newest version up to ``version`` of which there are snapshots."""
-        return version - version % self._every
+        return max(self._base, version - version % self._every)
 
-    def take(self, version: int, shard: Shard, pack: bytes) -> None:
-        """Copy the shard if a snapshot of ``version`` is due, and start sending it."""
+    def take(
+        self, version: int, shard: Shard, pack: bytes, *, is_base: bool = False
+    ) -> None:
+        """Copy the shard if a snapshot of ``version`` is due, and start sending it.
+
+        is_base: it is due in any case. All ranks say that of the same versions.
+        """
+        if is_base:
+            self._base = version
         if self.due(version) != version:
             return
         # The last vote has told that all ranks hold the newest: the other one may go.
@@ -216,9 +224,11 @@ class Snapshots:
     def adopt(self, image: Image) -> None:
         """On a newcomer: its own snapshot is the one that a buddy had kept."""
         self._own[image.version] = image
+        self._base = image.version
 
     def forget_after(self, version: int) -> None:
         """Drop all newer versions: the job has gone back to this one."""
+        self._base = min(self._base, version)
         for images in (self._own, *self._of_wards.values()):
             for newer in [number for number in images if number > version]:
                 del images[newer]

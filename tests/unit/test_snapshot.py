@@ -252,3 +252,28 @@ def test_only_each_nth_version_has_a_snapshot() -> None:
     assert [ring.ranks[0].due(version) for version in (8, 9, 10)] == [6, 9, 9]
     assert ring.ranks[0].versions() == (6, 9)
     assert ring.ranks[1].held() == {0: (6, 9)}
+
+
+def test_a_base_is_kept_where_none_is_due_and_nothing_older_is_waited_for() -> None:
+    ring = Ring(every=4)
+    ring.run(5)
+    for version in (6, 7):  # in front of a load, and behind it
+        for rank, snapshots in enumerate(ring.ranks):
+            ring.shards[rank].set(version)
+            snapshots.take(version, ring.shards[rank], b"", is_base=True)
+        ring.complete(version)
+    rank = ring.ranks[0]
+    assert rank.versions() == (6, 7) and rank.held() == {1: (6, 7)}
+    assert [rank.due(version) for version in (7, 8, 9)] == [7, 8, 8]
+    ring.complete(7)  # would wait for version 4, which is gone
+
+
+def test_a_base_that_the_job_went_back_behind_counts_no_more() -> None:
+    ring = Ring(every=4)
+    ring.run(5)
+    ring.ranks[0].take(6, ring.shards[0], b"", is_base=True)
+    for snapshots in ring.ranks:
+        snapshots.forget_after(4)
+    assert [snapshots.due(6) for snapshots in ring.ranks] == [4, 4]
+    ring.ranks[1].adopt(Image.of(5, ring.shards[0], b"", None))
+    assert ring.ranks[1].due(6) == 5  # on a newcomer: the others went back to it

@@ -120,7 +120,11 @@ def attach(engine: Any) -> None:
             may_restart=may_restart,
         )
     engine_hooks.install()
-    Checkpoints(engine, state, engine_hooks, manager, config.checkpoint_dir).install()
+    checkpoints = Checkpoints(
+        engine, state, engine_hooks, manager, config.checkpoint_dir
+    )
+    checkpoints.install()
+    checkpoints.join()
 
 
 def _is_enabled(config: Mapping[str, Any]) -> bool:

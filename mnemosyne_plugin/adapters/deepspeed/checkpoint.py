@@ -5,6 +5,7 @@ then the older one stays. A newcomer has the state of the job, and loads none.
 """
 
 import ctypes
+import inspect
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +21,10 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class _Hooks(Protocol):
+    @property
+    def is_in_step(self) -> bool:
+        """Whether a step is under way."""
+
     def catch_up(self) -> Any:
         """Repair the job, and make again what it has gone back behind."""
 
@@ -67,21 +72,51 @@ class Checkpoints:
             start_over()
             return _read(self._engine, load_dir, *args, **kwargs)
         if manager.has_snapshots:
-            raise ConfigError(
-                "mnemosyne cannot protect engine.load_checkpoint behind the first "
-                "step with ZeRO or a pipeline yet: a recovery would go back to what "
-                "was there before it; call it in front of the first step"
-            )
+            return self._load_together(load_dir, *args, **kwargs)
         # A newcomer does none of its collectives.
         manager.mesh.hold_replay(True)
         try:
             result = self._load(load_dir, *args, **kwargs)
         finally:
             manager.mesh.hold_replay(False)
+        self._loaded(result)
+        return result
+
+    def join(self) -> None:
+        """On a newcomer: load what the others are loading, if that is so."""
+        what = dict(self._manager.owed)
+        if what and what.pop("version") == self._manager.version:
+            self._load_together(**what)
+
+    def _load_together(self, *args: Any, **kwargs: Any) -> Any:
+        """Load behind the first step: what recoveries go back to is to be this."""
+        what = dict(inspect.signature(self._load).bind(*args, **kwargs).arguments)
+        if self._hooks.is_in_step:
+            raise ConfigError(
+                "engine.load_checkpoint was called within a step: call it between "
+                "engine.step() and the next forward"
+            )
+        if what.pop("custom_load_fn", None) is not None:
+            raise ConfigError(
+                "mnemosyne cannot protect engine.load_checkpoint with custom_load_fn "
+                "behind the first step: a worker that is started anew in the middle "
+                "of it could not be told the function"
+            )
+        what["load_dir"] = str(what["load_dir"])
+        result: Any = None
+
+        def load() -> None:
+            nonlocal result
+            result = self._load(**what)
+            self._loaded(result)
+
+        self._manager.load(load, what, self._hooks.catch_up)
+        return result
+
+    def _loaded(self, result: Any) -> None:
         self._state.loaded()
         if result[0] is not None:
-            manager.checkpoint = str(Path(result[0]).parent)
-        return result
+            self._manager.checkpoint = str(Path(result[0]).parent)
 
     # --- save ---------------------------------------------------------------------
 

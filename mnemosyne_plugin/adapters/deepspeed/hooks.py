@@ -208,6 +208,11 @@ class EngineHooks:
         horizon = self._manager.horizon
         self._steps = [step for step in self._steps if step.number >= horizon]
 
+    @property
+    def is_in_step(self) -> bool:
+        """Whether a step is under way."""
+        return self._is_in_step
+
     def catch_up(self) -> None:
         """Repair the job, and make all steps again that it has gone back behind.
 

@@ -51,6 +51,7 @@ class PipelineHooks:
         self._whole = WholeStep(manager, self)
         self.buffers = state.buffers
         self.catch_up = self._whole.catch_up
+        self.is_in_step = False  # where the script calls anything
 
     def install(self) -> None:
         """Put the wrappers in place."""
