@@ -8,18 +8,24 @@ TORCH  := torch==2.13.0
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 BUILT     := $(VENV)/built
+# megatron.training is in the wheels for Python 3.12 only; its Python files run here too.
+MEGATRON_LM := 0.17.0
+UNPACKED    := $(VENV)/megatron-lm-$(MEGATRON_LM)
 CPP       := $(shell find csrc tests/cpp -name '*.cc' -o -name '*.h' 2>/dev/null)
 NATIVE    := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 # Several processes per core already: more threads only make them slower.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test build lint format types sanitize bench matrix clean
+.PHONY: demo demo-megatron test build lint format types sanitize bench matrix clean
 
 demo: $(BUILT)
 	$(BIN)/python examples/deepspeed_gpt/demo.py
 
-test: $(BUILT) cpp
+demo-megatron: $(BUILT)
+	$(BIN)/python examples/megatron_gpt/demo.py
+
+test: $(BUILT) $(UNPACKED) cpp
 	$(BIN)/pytest
 
 build: $(BUILT)
@@ -58,9 +64,10 @@ bench: $(BUILT)
 	$(BIN)/python benchmarks/single_copy.py
 	$(BIN)/python benchmarks/reconfigure.py
 
-# Who dies where, in which way of training: under an hour, see build/matrix.txt after.
+# Who dies where, in which way of training: under an hour each, see build/matrix_*.txt.
 matrix: $(BUILT)
-	$(BIN)/python -m tests.matrix deepspeed --output build/matrix.txt
+	$(BIN)/python -m tests.matrix deepspeed --output build/matrix_deepspeed.txt
+	$(BIN)/python -m tests.matrix megatron --output build/matrix_megatron.txt
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info mnemosyne_plugin/ccl/_C*.so
@@ -70,6 +77,12 @@ $(INSTALLED): requirements-dev.txt
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
+
+$(UNPACKED): $(INSTALLED)
+	rm -rf $@ $(VENV)/wheels
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: \
+	    --python-version 3.12 --dest $(VENV)/wheels megatron-core==$(MEGATRON_LM)
+	$(BIN)/python -m zipfile -e $(VENV)/wheels/*.whl $@
 
 $(BUILT): $(INSTALLED) $(NATIVE)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .

@@ -25,7 +25,7 @@ ARGUMENTS = """
 --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion
 --no-persist-layer-norm --no-rope-fusion --num-workers 0 --log-interval 1
 --eval-interval 5 --eval-iters 1 --save-interval 3 --ckpt-format torch
-""".split()
+""".split()  # noqa: SIM905
 Job = Callable[..., LocalCluster]
 
 
