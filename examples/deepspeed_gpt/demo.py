@@ -1,120 +1,26 @@
-"""The demo: train, kill a worker, go on, and compare with a run without the kill.
+"""The demo: train with DeepSpeed, kill a worker, go on, compare.
 
 Exits with 0 only if every loss is the same, bit for bit, and no other worker was
 restarted.
 """
 
 import argparse
-import shlex
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from mnemosyne_plugin.events import read_events
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-NUM_RANKS, STEPS = 4, 60
-# By step 40 the standby has imported what the workers use, as in any longer job.
-VICTIM, KILL_STEP = 2, 40
-RUN_TIMEOUT_S = 300
-Losses = dict[tuple[int, int], float]
-
-
-def main() -> int:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    with tempfile.TemporaryDirectory(prefix="mnemosyne-demo-") as name:
-        folder = Path(name)
-        say(f"1. {NUM_RANKS} workers train a GPT, nothing disturbs them")
-        healthy = train(folder / "healthy")
-        say(f"2. the same, but rank {VICTIM} gets SIGKILL in step {KILL_STEP}")
-        chaos = f"kill rank={VICTIM} step={KILL_STEP} phase=backward"
-        killed = train(folder / "killed", f"--chaos={chaos}")
-        say("3. the loss across the failure")
-        print(plot(mean_over_ranks(killed), KILL_STEP))
-        say("4. the verdict")
-        problems = compare(healthy, killed) + check_survivors(folder / "killed")
-    for problem in problems:
-        print(f"WRONG: {problem}")
-    if not problems:
-        print(
-            f"all {len(killed)} losses are bit-identical to those of the undisturbed "
-            f"run;\nranks other than {VICTIM} kept their processes."
-        )
-    return 1 if problems else 0
-
-
-def say(text: str) -> None:
-    print(f"\n== {text}\n", flush=True)
-
-
-def train(folder: Path, *options: str) -> Losses:
-    """Run train.py under `mnemosyne run`; return what it logged."""
-    loss_log = folder / "losses.txt"
-    folder.mkdir()
-    arguments = ["run", f"--nproc-per-node={NUM_RANKS}", "--standby=1"]
-    arguments += [f"--run-dir={folder}", *options]
-    arguments += [str(Path(__file__).with_name("train.py"))]
-    arguments += [f"--steps={STEPS}", f"--loss-log={loss_log}"]
-    print("$ mnemosyne", shlex.join(arguments), flush=True)
-    command = [str(Path(sys.executable).with_name("mnemosyne")), *arguments]
-    if (code := subprocess.run(command, timeout=RUN_TIMEOUT_S).returncode) != 0:
-        sys.exit(f"the run failed with exit code {code}")
-    rows = (line.split() for line in loss_log.read_text().splitlines())
-    return {(int(step), int(rank)): float.fromhex(loss) for step, rank, loss in rows}
-
-
-def compare(healthy: Losses, killed: Losses) -> list[str]:
-    """Return every way in which the killed run's losses differ."""
-    problems = [
-        f"step {step} rank {rank}: loss {loss.hex()}, undisturbed "
-        f"{healthy.get((step, rank), float('nan')).hex()}"
-        for (step, rank), loss in sorted(killed.items())
-        if healthy.get((step, rank)) != loss
-    ]
-    # A worker that dies after a step's commit takes its own log line along.
-    missing = healthy.keys() - killed.keys() - {(KILL_STEP, VICTIM)}
-    return problems + [f"step {s} rank {r}: no loss" for s, r in sorted(missing)]
-
-
-def check_survivors(run_dir: Path) -> list[str]:
-    """Return what is wrong with who sat where, by the agents' own events."""
-    pids: dict[int, list[int]] = {rank: [] for rank in range(NUM_RANKS)}
-    for event in read_events(run_dir):
-        if event.name == "seated":
-            rank, pid = event.fields["rank"], event.fields["pid"]
-            pids[rank] += [pid] if pid not in pids[rank] else []
-    expected = {rank: 2 if rank == VICTIM else 1 for rank in pids}
-    return [
-        f"rank {rank} was held by {len(pids[rank])} processes, not {count}"
-        for rank, count in expected.items()
-        if len(pids[rank]) != count
-    ]
-
-
-def mean_over_ranks(losses: Losses) -> list[float]:
-    """Return the mean loss of each step, over the ranks that logged it."""
-    steps = range(1 + max(step for step, _ in losses))
-    by_step = [[loss for (s, _), loss in losses.items() if s == step] for step in steps]
-    return [sum(values) / len(values) for values in by_step]
-
-
-def plot(values: list[float], marked: int, height: int = 10) -> str:
-    """Draw a curve as text, one column per value, with one value marked."""
-    low, high = min(values), max(values)
-    scale = (height - 1) / ((high - low) or 1.0)
-    rows = [round((high - value) * scale) for value in values]
-    text = []
-    for row in range(height):
-        cells = (
-            "*" if rows[x] == row else ":" if x == marked else " "
-            for x in range(len(values))
-        )
-        label = f"{high - row / scale:6.2f}" if row in (0, height - 1) else " " * 6
-        text.append(f"{label} |" + "".join(cells))
-    text.append(" " * 7 + "+" + "-" * len(values))
-    text.append(" " * (8 + marked) + f"^ kill -9 in step {marked}")
-    return "\n".join(text)
-
+from kill_demo import Demo  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    demo = Demo(
+        title="a GPT",
+        script=Path(__file__).with_name("train.py"),
+        num_ranks=4,
+        steps=60,
+        victim=2,
+        # By then the standby has imported what the workers use, as in any longer job.
+        kill_step=40,
+    )
+    sys.exit(demo.run())

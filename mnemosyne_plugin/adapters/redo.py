@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mnemosyne_plugin.errors import RecoverableError
 from mnemosyne_plugin.recovery.commit import Outcome
 from mnemosyne_plugin.recovery.manager import Manager
 
@@ -47,6 +48,6 @@ class Commit:
         try:
             yield
         except Exception:
-            if not self._manager.has_failed:
-                raise
+            if not isinstance(self._manager.mesh.failure(), RecoverableError):
+                raise  # also where ranks disagree: that is the script's
             raise Redo from None
