@@ -31,20 +31,20 @@ class Redundancy:
             kind = "buddy" if is_sharded else "replica"
         if kind == "replica" and is_sharded:
             raise ConfigError(
-                "mnemosyne's redundancy is 'replica', but with ZeRO 1-3, a pipeline, "
+                "mnemosyne.redundancy is 'replica', but with ZeRO 1-3, a pipeline, "
                 "experts or Megatron each rank may hold state that no other rank has; "
                 "use 'buddy' or 'auto'"
             )
         if kind == "none" and (config.checkpoint_dir or config.on_state_lost != "stop"):
             raise ConfigError(
-                "mnemosyne's redundancy is 'none', which leaves the trainer "
+                "mnemosyne.redundancy is 'none', which leaves the trainer "
                 "untouched: checkpoint_dir and on_state_lost would do nothing"
             )
         if kind != "buddy":
             return cls(kind=kind, nodes=nodes)
         if config.buddies >= len(nodes):
             raise ConfigError(
-                f"mnemosyne's buddies are {config.buddies}, but a rank of this "
+                f"mnemosyne.buddies is {config.buddies}, but a rank of this "
                 f"job has only {len(nodes) - 1} others"
             )
         return cls(
@@ -67,7 +67,7 @@ class Redundancy:
         """Say at the start what is protected, and by what."""
         if self.kind == "none":
             return (
-                "mnemosyne: NOT protected: its redundancy is 'none', so nothing "
+                "mnemosyne: NOT protected: mnemosyne.redundancy is 'none', so nothing "
                 "is kept and the death of a worker starts the job again"
             )
         data = (

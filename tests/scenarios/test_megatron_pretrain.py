@@ -1,7 +1,9 @@
 """Megatron-LM's own ``pretrain`` (a wheel of PyPI, see Makefile), on the CPU."""
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,7 +14,9 @@ from matrix.runs import assert_each_step_was_logged, first_difference
 from verdict import assert_survivors_stayed
 
 HARNESS = Path(__file__).resolve().parents[1] / "megatron"
-MEGATRON_LM = Path(sys.prefix) / "megatron-lm-0.17.0"
+VERSION = "0.17.0"
+MEGATRON_LM = Path(sys.prefix) / f"megatron-lm-{VERSION}"
+PATCH = Path(__file__).resolve().parents[2] / "patches/megatron-lm" / f"{VERSION}.patch"
 ITERATIONS = 18
 ARGUMENTS = """
 --tensor-model-parallel-size 2 --num-layers 2 --hidden-size 32
@@ -90,3 +94,26 @@ def check(job: LocalCluster, chaos: Sequence[str]) -> None:
     assert deaths.total() == len(chaos)
     assert_survivors_stayed(job, deaths)
     job.check_nothing_is_left()
+
+
+def test_a_patched_source_tree_needs_no_import_hook(tmp_path: Path) -> None:
+    shutil.copytree(MEGATRON_LM / "megatron", tmp_path / "megatron")
+    git = ["git", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "apply", str(PATCH)], check=True)
+    asked = """
+import sys, cpu_cuda
+from megatron.training import arguments, training
+sys.argv += ["--mnemosyne"]
+print(training._has_mnemosyne)
+try:
+    arguments.parse_args()
+except Exception as error:
+    print(error)
+"""
+    path = os.pathsep.join([str(tmp_path), str(HARNESS)])
+    env = {**os.environ, "PYTHONPATH": path, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    command = [sys.executable, "-c", asked]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert "True\n" in result.stdout, result.stderr
+    assert "not started by `mnemosyne run`" in result.stdout, result.stderr

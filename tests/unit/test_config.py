@@ -81,7 +81,7 @@ def test_replicas_of_sharded_state_are_refused_with_the_reason() -> None:
 
 def test_a_rank_cannot_have_more_buddies_than_there_are_others() -> None:
     assert Redundancy.of(Config(buddies=3), True, [0] * 4).num_buddies == 3
-    with pytest.raises(ConfigError, match=r"buddies are 4.* only 3 others"):
+    with pytest.raises(ConfigError, match=r"mnemosyne.buddies is 4.* only 3 others"):
         Redundancy.of(Config(buddies=4), True, [0] * 4)
 
 

@@ -38,8 +38,12 @@ _UNPROTECTED = {
 def hook(module: Any) -> None:
     """Add the options. Called right after ``megatron.training.arguments`` was loaded.
 
-    Raises ConfigError if it is not as in Megatron-LM 0.16 to 0.19.
+    A second call does nothing: a source tree may be patched as well. Raises ConfigError
+    if it is not as in Megatron-LM 0.16 to 0.19.
     """
+    if hasattr(module, "_has_mnemosyne"):
+        return
+    module._has_mnemosyne = True
     for name in ("add_megatron_arguments", "parse_args"):
         if not callable(getattr(module, name, None)):
             raise ConfigError(f"megatron.training.arguments has no {name}()")

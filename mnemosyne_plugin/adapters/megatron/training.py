@@ -29,9 +29,13 @@ _TARGETS = (
 def hook(module: Any) -> None:
     """Have a run protected if its command line asks for it.
 
-    Called right after ``megatron.training.training`` was loaded. Raises ConfigError if
-    it is not as in Megatron-LM 0.16 to 0.19.
+    Called right after ``megatron.training.training`` was loaded. A second call does
+    nothing: a source tree may be patched as well. Raises ConfigError if it is not as
+    in Megatron-LM 0.16 to 0.19.
     """
+    if hasattr(module, "_has_mnemosyne"):
+        return
+    module._has_mnemosyne = True
     for name in _TARGETS:
         if not callable(getattr(module, name, None)):
             raise ConfigError(
