@@ -138,27 +138,25 @@ def decide(reports: Sequence[Report]) -> Decision:
 
 
 def _decide_for_shards(holders: Sequence[Report], newcomers: Sequence[int]) -> Decision:
-    """Go back to the newest version that every rank or a buddy of it holds."""
+    """Go back to the newest version that every rank or a buddy of it holds.
+
+    One that a buddy of each living rank holds as well comes first, though it may be
+    older: another rank may die before what is missing there is sent again.
+    """
     known = {report.version for report in holders}
     known.update(version for report in holders for version in report.snapshots)
-    for target in sorted(known, reverse=True):
-        if not all(_has(report, target) for report in holders):
-            continue
-        shard_sources = {
-            newcomer: report.rank
-            for newcomer in newcomers
-            for report in holders
-            if target in report.wards.get(newcomer, ())
-        }
-        if len(shard_sources) == len(newcomers):
-            return Decision(
-                target=target,
-                sources=tuple(report.rank for report in holders),
-                newcomers=tuple(newcomers),
-                roll_forward=(),
-                local_sources=shard_sources if target > 0 else {},
-                shard_sources=shard_sources,
-            )
+    possible = [
+        decision
+        for target in sorted(known, reverse=True)
+        if (decision := _go_back_to(target, holders, newcomers)) is not None
+    ]
+    safe = [
+        decision
+        for decision in possible
+        if all(_is_kept(report.rank, decision.target, holders) for report in holders)
+    ]
+    if possible:  # a newcomer cannot go back behind where it begins
+        return (safe or possible)[0] if newcomers else possible[0]
     kept = {ward for report in holders for ward in report.wards if report.wards[ward]}
     lost = tuple(newcomer for newcomer in newcomers if newcomer not in kept)
     raise NoSourceForState(
@@ -166,6 +164,34 @@ def _decide_for_shards(holders: Sequence[Report], newcomers: Sequence[int]) -> D
         "buddies died together; restart from your last checkpoint",
         tuple(f"shard/{rank}" for rank in lost or newcomers),
     )
+
+
+def _go_back_to(
+    target: int, holders: Sequence[Report], newcomers: Sequence[int]
+) -> Decision | None:
+    if not all(_has(report, target) for report in holders):
+        return None
+    shard_sources = {
+        newcomer: report.rank
+        for newcomer in newcomers
+        for report in holders
+        if target in report.wards.get(newcomer, ())
+    }
+    if len(shard_sources) < len(newcomers):
+        return None
+    return Decision(
+        target=target,
+        sources=tuple(report.rank for report in holders),
+        newcomers=tuple(newcomers),
+        roll_forward=(),
+        local_sources=shard_sources if target > 0 else {},
+        shard_sources=shard_sources,
+    )
+
+
+def _is_kept(rank: int, version: int, holders: Sequence[Report]) -> bool:
+    """Whether somebody else has this version of the rank's shard."""
+    return any(version in report.wards.get(rank, ()) for report in holders)
 
 
 def _has(report: Report, version: int) -> bool:

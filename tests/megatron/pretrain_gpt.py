@@ -6,6 +6,7 @@ Python 3.12, whose Python files run under 3.11 as well (see wheels.py).
 """
 
 import hashlib
+import importlib
 import inspect
 import os
 from pathlib import Path
@@ -26,10 +27,9 @@ from megatron.training import arguments, get_args, pretrain, training  # noqa: E
 from megatron.training.arguments import (  # noqa: E402
     core_transformer_config_from_args,
 )
-from megatron.training.utils import get_batch_on_this_tp_rank  # noqa: E402
 
 
-class Words(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+class Words(torch.utils.data.Dataset[torch.Tensor]):
     """Random words, the same on every rank."""
 
     def __init__(self, size: int, length: int, vocabulary: int) -> None:
@@ -40,18 +40,27 @@ class Words(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        length = self._length
+    def __getitem__(self, index: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(index)
-        words = torch.randint(0, self._vocabulary, (length + 1,), generator=generator)
-        mask = torch.ones(1, length, length, dtype=torch.bool)
-        return {
-            "tokens": words[:-1],
-            "labels": words[1:],
-            "loss_mask": torch.ones(length),
-            "attention_mask": torch.triu(mask, 1),
-            "position_ids": torch.arange(length),
-        }
+        shape = (self._length + 1,)
+        return torch.randint(0, self._vocabulary, shape, generator=generator)
+
+
+def get_batch(data_iterator: Any) -> torch.Tensor:
+    """Return the words of a micro-batch: the first tensor-parallel rank reads them."""
+    args = get_args()
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        words = next(data_iterator)
+    else:
+        words = torch.empty(
+            args.micro_batch_size, args.seq_length + 1, dtype=torch.int64
+        )
+    torch.distributed.broadcast(
+        words,
+        mpu.get_tensor_model_parallel_src_rank(),
+        group=mpu.get_tensor_model_parallel_group(),
+    )
+    return words
 
 
 def model_provider(
@@ -74,18 +83,16 @@ def model_provider(
 
 
 def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    batch = get_batch_on_this_tp_rank(data_iterator)
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-    )
-    mask = batch["loss_mask"]
+    words = get_batch(data_iterator)
+    inputs, labels = words[:, :-1].contiguous(), words[:, 1:].contiguous()
+    length = inputs.shape[1]
+    positions = torch.arange(length).expand(len(inputs), -1).contiguous()
+    future = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), 1)
+    output = model(inputs, positions, future, labels=labels)
 
     def loss_func(output: torch.Tensor) -> tuple[Any, ...]:
-        loss = torch.sum(output.float().view(-1) * mask.view(-1))
-        num_tokens = mask.sum().clone().detach().to(torch.int)
+        loss = torch.sum(output.float().view(-1))
+        num_tokens = torch.tensor(labels.numel(), dtype=torch.int)
         report = torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])
         return loss, num_tokens, {"lm loss": report}
 
@@ -142,7 +149,8 @@ def main() -> None:
         pretrain(datasets, model_provider, kind, forward_step)
         return
     args = arguments.parse_and_validate_args()
-    config = arguments.pretrain_cfg_container_from_args(args)
+    utils = importlib.import_module("megatron.training.argument_utils")
+    config = utils.pretrain_cfg_container_from_args(args)
     if list(parameters)[2] == "model_provider":  # 0.18
         pretrain(config, datasets, model_provider, kind, forward_step)
     else:
@@ -150,5 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert mpu is not None
     main()

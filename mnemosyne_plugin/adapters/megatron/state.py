@@ -31,6 +31,8 @@ _KNOWN = {
     # Parameters that are gathered from the masters of all ranks.
     "DistributedOptimizer": ("model_float16_groups", "model_fp32_groups"),
 }
+# From 0.19 on an optimizer asks all ranks a question once, and keeps the answers here.
+_ASKED = "_has_grad_norm_group_cache"
 
 
 class Counters(Protocol):
@@ -60,6 +62,7 @@ class MegatronState:
         self.chunks = tuple(chunks)
         self.optimizers = _parts(optimizer)
         self.optimizer = optimizer
+        self._askers = [optimizer, *(o for o in self.optimizers if o is not optimizer)]
         self.scheduler = scheduler
         self._counters = counters
         self._marked: dict[str, Any] | None = None
@@ -115,6 +118,7 @@ class MegatronState:
             "scalers": [s.state_dict() if s is not None else None for s in scalers],
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "buckets": [_progress(group) for group in self._groups],
+            "asked": [getattr(o, _ASKED, None) for o in self._askers],
             "counters": self._counters.values() if self._counters is not None else None,
         }
         return copy.deepcopy(values)
@@ -179,6 +183,8 @@ class MegatronState:
             _load_scheduler(self.scheduler, scalars["scheduler"])
         for group, values in zip(self._groups, scalars["buckets"], strict=True):
             _set_progress(group, values)
+        for asker, answers in zip(self._askers, scalars["asked"], strict=True):
+            setattr(asker, _ASKED, answers)
         if self._counters is not None:
             self._counters.load(scalars["counters"])
 
