@@ -52,7 +52,7 @@ cpp asan tsan: $(INSTALLED)
 	$(BIN)/cmake -S tests/cpp -B build/$@ -G Ninja -DMNEMOSYNE_SANITIZE=$(SANITIZE) \
 	    -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
 	$(BIN)/cmake --build build/$@
-	$(BIN)/ctest --test-dir build/$@ --output-on-failure --timeout 120
+	$(BIN)/ctest --test-dir build/$@ --output-on-failure --timeout 120 --parallel 2
 
 sanitize: asan tsan
 
