@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
+
 from cluster import LocalCluster
 from matrix.runs import assert_each_step_was_logged, first_difference
 from verdict import assert_survivors_stayed
@@ -51,6 +53,8 @@ def pretrain(
     )
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_pretrain_survives_saves_when_told_to_end_and_resumes(
     cluster: Job, tmp_path: Path
 ) -> None:
