@@ -59,6 +59,7 @@ sanitize: asan tsan
 bench: $(BUILT)
 	$(BIN)/python -m pip install --quiet matplotlib==3.11.2
 	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/recovery.py --engine megatron
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/collectives.py --plot build/collectives.png
 	$(BIN)/python benchmarks/single_copy.py

@@ -1,4 +1,4 @@
-"""The example as a job of two kinds: under Mnemosyne, and plain under torchrun."""
+"""The examples as jobs of two kinds: under Mnemosyne, and plain under torchrun."""
 
 import os
 import statistics
@@ -18,6 +18,7 @@ BIN = Path(sys.executable).parent
 TRAIN = ROOT / "examples" / "deepspeed_gpt" / "train.py"
 CONFIGS = ROOT / "configs"
 NUM_RANKS = 4
+MEGATRON_RANKS = 8
 SETTINGS = {
     "DS_ACCELERATOR": "cpu",
     # Four ranks share few cores: more threads would only make both kinds slower.
@@ -121,6 +122,24 @@ def plain(folder: Path, steps: int, *options: str, max_restarts: int = 0) -> Job
     return Job(folder, command + _log_args(folder, steps))
 
 
+def megatron(
+    folder: Path, steps: int, corpus: Path, *options: str, max_restarts: int | None
+) -> Job:
+    """Start the example of Megatron, TP 2 x PP 2 x DP 2.
+
+    max_restarts: under torchrun, which may restart so often; None: `mnemosyne run`.
+    """
+    if max_restarts is None:
+        command = [str(BIN / "mnemosyne"), "run", "--standby=1", f"--run-dir={folder}"]
+        script = ROOT / "examples" / "megatron_gpt" / "train_core.py"
+    else:
+        command = [str(BIN / "torchrun"), f"--max-restarts={max_restarts}"]
+        script = Path(__file__).with_name("plain_megatron.py")
+    command += ["--standalone", f"--nproc-per-node={MEGATRON_RANKS}", str(script)]
+    command += ["--tensor=2", "--pipeline=2", f"--data={corpus}", *options]
+    return Job(folder, command + _log_args(folder, steps))
+
+
 def _log_args(folder: Path, steps: int) -> list[str]:
     return [f"--steps={steps}", f"--time-log={time_log(folder)}"]
 
@@ -144,7 +163,9 @@ def plain_pid(job: Job, rank: int) -> int:
     raise SystemExit(f"no process of rank {rank}")
 
 
-def recovered_at(lines: list[Line], killed_at: float) -> tuple[int, float]:
+def recovered_at(
+    lines: list[Line], killed_at: float, num_ranks: int = NUM_RANKS
+) -> tuple[int, float]:
     """Return the step, and when all ranks had finished it, that ended a recovery.
 
     It is the first step that no rank had finished before the kill. A rank whose log
@@ -155,7 +176,7 @@ def recovered_at(lines: list[Line], killed_at: float) -> tuple[int, float]:
     for line in lines:
         if line.time_s > killed_at and line.step > newest:
             times[line.step].setdefault(line.rank, line.time_s)
-    step = min(s for s, of_ranks in times.items() if len(of_ranks) == NUM_RANKS)
+    step = min(s for s, of_ranks in times.items() if len(of_ranks) == num_ranks)
     return step, max(times[step].values())
 
 

@@ -19,8 +19,11 @@ from pathlib import Path
 
 from jobs import (
     BIN,
+    MEGATRON_RANKS,
     NUM_RANKS,
+    ROOT,
     Job,
+    megatron,
     plain,
     plain_pid,
     protected,
@@ -38,20 +41,33 @@ def main() -> None:
     args = parse_args()
     if args.kills < 1:
         sys.exit("recovery.py: error: --kills must be at least 1")
-    steps = FIRST_STEP + args.kills * STEPS_BETWEEN
+    kills, steps = args.kills, FIRST_STEP + args.kills * STEPS_BETWEEN
+    is_megatron = args.engine == "megatron"
+    num_ranks = MEGATRON_RANKS if is_megatron else NUM_RANKS
     with tempfile.TemporaryDirectory(prefix="mnemosyne-bench-") as name:
         folder = Path(name)
-        job = protected(folder / "mnemosyne", steps)
-        ours = measure(job, protected_pid, args.kills)
+        corpus, places = folder / "corpus", (folder / "mnemosyne", folder / "torchrun")
+        checkpoints = f"--checkpoint-dir={folder / 'checkpoints'}"
+        options = (checkpoints, f"--save-every={SAVE_EVERY}")
+        if is_megatron:
+            prepare = ROOT / "examples" / "megatron_gpt" / "prepare.py"
+            subprocess.run([BIN / "python", prepare, "--output", corpus], check=True)
+            job = megatron(places[0], steps, corpus, max_restarts=None)
+        else:
+            job = protected(places[0], steps)
+        ours = measure(job, protected_pid, kills, num_ranks)
         subprocess.run([BIN / "mnemosyne", "report", job.folder], check=True)
-        checkpoints = folder / "checkpoints"
-        options = (f"--checkpoint-dir={checkpoints}", f"--save-every={SAVE_EVERY}")
-        job = plain(folder / "torchrun", steps, *options, max_restarts=args.kills)
-        theirs = measure(job, plain_pid, args.kills)
+        if is_megatron:
+            job = megatron(places[1], steps, corpus, *options, max_restarts=kills)
+        else:
+            job = plain(places[1], steps, *options, max_restarts=kills)
+        theirs = measure(job, plain_pid, kills, num_ranks)
     print_comparison(ours, theirs)
 
 
-def measure(job: Job, find: Callable[[Job, int], int], kills: int) -> list[float]:
+def measure(
+    job: Job, find: Callable[[Job, int], int], kills: int, num_ranks: int
+) -> list[float]:
     """Kill one rank after the other; return the seconds of each recovery."""
     moments = random.Random(0)
     killed_at = []
@@ -59,14 +75,14 @@ def measure(job: Job, find: Callable[[Job, int], int], kills: int) -> list[float
         for kill in range(kills):
             job.wait_for_step(FIRST_STEP + kill * STEPS_BETWEEN)
             time.sleep(moments.uniform(0.0, 0.1))  # any moment of a step
-            pid = find(job, kill % NUM_RANKS)
+            pid = find(job, kill % num_ranks)
             killed_at.append(time.time())
             os.kill(pid, signal.SIGKILL)
         job.wait()
     finally:
         job.close()
     lines = job.lines()
-    return [recovered_at(lines, moment)[1] - moment for moment in killed_at]
+    return [recovered_at(lines, moment, num_ranks)[1] - moment for moment in killed_at]
 
 
 def print_comparison(ours: list[float], theirs: list[float]) -> None:
@@ -81,6 +97,9 @@ def print_comparison(ours: list[float], theirs: list[float]) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--engine", choices=("deepspeed", "megatron"), default="deepspeed"
+    )
     parser.add_argument("--kills", type=int, default=5)
     return parser.parse_args()
 

@@ -10,6 +10,7 @@ around the step. It runs on the CPU where torch has no GPU.
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,22 +58,25 @@ VOCABULARY, LENGTH, MICRO_BATCH, NUM_MICRO_BATCHES = 256, 64, 2, 4
 
 
 def main() -> None:
-    args = parse_args()
-    dist.init_process_group("gloo" if not torch.cuda.is_available() else "nccl")
-    parallel_state.initialize_model_parallel(args.tensor, args.pipeline)
-    torch.manual_seed(args.seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
-    model, optimizer, scheduler = build(args)
-    dataset = build_dataset(args)
+    args = arguments().parse_args()
+    model, optimizer, scheduler, dataset = set_up(args)
 
     session = attach([model], optimizer, scheduler)
     batches = micro_batches(dataset, session.step)
     train_step = make_train_step(model, optimizer, scheduler)
     for step in range(session.step, args.steps):
         loss = session.run(train_step, batches)
-        append(args.loss_log, f"{step} {dist.get_rank()} {loss.hex()}")
-        if dist.get_rank() == 0 and (step % 5 == 0 or step == args.steps - 1):
-            print(f"step {step:4d}  loss {loss:.4f}", flush=True)
+        log(args, step, loss)
+
+
+def set_up(args: argparse.Namespace) -> tuple[Any, Any, Any, GPTDataset]:
+    """Return the model, the optimizer, its scheduler and the dataset."""
+    dist.init_process_group("gloo" if not torch.cuda.is_available() else "nccl")
+    parallel_state.initialize_model_parallel(args.tensor, args.pipeline)
+    torch.manual_seed(args.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
+    model, optimizer, scheduler = build(args)
+    return model, optimizer, scheduler, build_dataset(args)
 
 
 def build(args: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -206,6 +210,15 @@ def make_train_step(model: Any, optimizer: Any, scheduler: Any) -> Any:
     return train_step
 
 
+def log(args: argparse.Namespace, step: int, loss: float) -> None:
+    """Write a step's loss where it was asked for, and show some of them."""
+    rank = dist.get_rank()
+    append(args.time_log, f"{step} {rank} {time.time():.6f}")
+    append(args.loss_log, f"{step} {rank} {loss.hex()}")
+    if rank == 0 and (step % 5 == 0 or step == args.steps - 1):
+        print(f"step {step:4d}  loss {loss:.4f}", flush=True)
+
+
 def append(path: Path | None, line: str) -> None:
     """Add a line to a file that all ranks share; one write is one whole line."""
     if path is None:
@@ -217,7 +230,7 @@ def append(path: Path | None, line: str) -> None:
         os.close(file)
 
 
-def parse_args() -> argparse.Namespace:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="see prepare.py")
     parser.add_argument("--steps", type=int, default=60)
@@ -230,7 +243,8 @@ def parse_args() -> argparse.Namespace:
         help="each data-parallel rank has all of the optimizer's state",
     )
     parser.add_argument("--loss-log", type=Path, help="add each step's exact loss")
-    return parser.parse_args()
+    parser.add_argument("--time-log", type=Path, help="add when each step was done")
+    return parser
 
 
 if __name__ == "__main__":
