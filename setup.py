@@ -89,6 +89,7 @@ setup(
             "ruff",
         ],
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+        "megatron": ["megatron-core>=0.16.1,<0.20"],
     },
     entry_points={
         "console_scripts": ["mnemosyne = mnemosyne_plugin.cli:main"],
