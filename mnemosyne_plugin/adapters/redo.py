@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mnemosyne_plugin.errors import RecoverableError
 from mnemosyne_plugin.recovery.commit import Outcome
 from mnemosyne_plugin.recovery.manager import Manager
 
@@ -48,6 +47,6 @@ class Commit:
         try:
             yield
         except Exception:
-            if not isinstance(self._manager.mesh.failure(), RecoverableError):
-                raise  # also where ranks disagree: that is the script's
+            if not self._manager.is_doomed:
+                raise
             raise Redo from None

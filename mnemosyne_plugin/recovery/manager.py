@@ -195,6 +195,14 @@ class Manager:
         return self.mesh.failure() is not None
 
     @property
+    def is_doomed(self) -> bool:
+        """Whether the failure is one that a recovery mends.
+
+        Where ranks disagree on an operation it is not: that is the script's error.
+        """
+        return isinstance(self.mesh.failure(), RecoverableError)
+
+    @property
     def has_snapshots(self) -> bool:
         """Whether snapshots of earlier steps are what a recovery goes back to."""
         protection = self._protection

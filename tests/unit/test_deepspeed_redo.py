@@ -34,6 +34,10 @@ class FakeManager:
         self.left = set(redone_steps)
 
     @property
+    def is_doomed(self) -> bool:
+        return self.has_failed
+
+    @property
     def horizon(self) -> int:
         return self.version
 
