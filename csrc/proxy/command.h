@@ -45,6 +45,11 @@ class CommandWriter {
     return putRaw(data, size_bytes);
   }
 
+  // A whole payload, as another writer made it.
+  CommandWriter& putAll(std::span<const std::byte> payload) {
+    return putRaw(payload.data(), payload.size());
+  }
+
   // Room for `size_bytes`, zeroed, which the caller fills.
   std::byte* reserve(size_t size_bytes) {
     checkRoom(size_bytes);

@@ -1,0 +1,189 @@
+// NCCL communicators. One that a server took with it is made anew, behind the
+// same handle, when the ranks have agreed on a new id
+// (mnemosyne_proxy_reinit_comm).
+#include <algorithm>
+#include <cstring>
+
+#include "proxy/client.h"
+
+namespace mnemosyne::proxy {
+namespace {
+
+struct Comm {
+  uint32_t id = nextId();
+  int num_ranks = 0;
+  int rank = 0;
+  NcclUniqueId first_id{};  // the same in all its ranks, and never another's
+  std::atomic<uint64_t> generation{0};  // of the server that has it
+};
+
+Comm* commOf(void* comm) { return static_cast<Comm*>(comm); }
+
+std::mutex comms_mutex;
+std::vector<Comm*>& comms() {
+  static auto* all = new std::vector<Comm*>;
+  return *all;
+}
+
+void forget(Comm* comm) {
+  std::lock_guard<std::mutex> lock(comms_mutex);
+  std::erase(comms(), comm);
+}
+
+int init(Comm* comm, const NcclUniqueId& unique_id) {
+  auto& connection = Connection::instance();
+  const int result = connection.call(CommandWriter(kNcclInit)
+                                         .put(comm->id)
+                                         .put(comm->num_ranks)
+                                         .put(unique_id)
+                                         .put(comm->rank));
+  if (result != 0) {
+    return connection.isUsable() ? result : int{kNcclUnhandledCudaError};
+  }
+  comm->generation = connection.generation();
+  return 0;
+}
+
+int create(void** made, int num_ranks, const NcclUniqueId& unique_id,
+           int rank) {
+  auto comm = std::make_unique<Comm>();
+  comm->num_ranks = num_ranks;
+  comm->rank = rank;
+  comm->first_id = unique_id;
+  if (const int result = init(comm.get(), unique_id); result != 0)
+    return result;
+  std::lock_guard<std::mutex> lock(comms_mutex);
+  comms().push_back(comm.get());
+  *made = comm.release();
+  return 0;
+}
+
+}  // namespace
+
+void markLostComm();
+int startGroup();
+int endGroup();
+
+uint32_t commId(void* comm) {
+  if (commOf(comm)->generation != Connection::instance().generation())
+    markLostComm();
+  return commOf(comm)->id;
+}
+
+}  // namespace mnemosyne::proxy
+
+using namespace mnemosyne::proxy;
+
+MNEMOSYNE_EXPORT int ncclGetVersion(int* version) {
+  Answer answer{version, sizeof *version};
+  return Connection::instance().call(CommandWriter(kNcclVersion), &answer);
+}
+
+MNEMOSYNE_EXPORT int ncclGetUniqueId(NcclUniqueId* id) {
+  Answer answer{id, sizeof *id};
+  return Connection::instance().call(CommandWriter(kNcclUniqueId), &answer);
+}
+
+MNEMOSYNE_EXPORT int ncclCommInitRank(void** comm, int num_ranks,
+                                      NcclUniqueId id, int rank) {
+  return create(comm, num_ranks, id, rank);
+}
+
+MNEMOSYNE_EXPORT int ncclCommInitRankConfig(void** comm, int num_ranks,
+                                            NcclUniqueId id, int rank, void*) {
+  return create(comm, num_ranks, id, rank);
+}
+
+MNEMOSYNE_EXPORT int ncclCommInitRankScalable(void** comm, int num_ranks,
+                                              int rank, int num_ids,
+                                              NcclUniqueId* ids, void*) {
+  if (num_ids != 1) return kNcclInvalidUsage;
+  return create(comm, num_ranks, ids[0], rank);
+}
+
+MNEMOSYNE_EXPORT int ncclCommCount(void* comm, int* count) {
+  *count = commOf(comm)->num_ranks;
+  return 0;
+}
+
+MNEMOSYNE_EXPORT int ncclCommUserRank(void* comm, int* rank) {
+  *rank = commOf(comm)->rank;
+  return 0;
+}
+
+MNEMOSYNE_EXPORT int ncclCommCuDevice(void*, int* device) {
+  *device = Connection::instance().chosen_device;
+  return 0;
+}
+
+// NCCL's watchdog ends the process at an error; the program hears of it
+// elsewhere.
+MNEMOSYNE_EXPORT int ncclCommGetAsyncError(void*, int* error) {
+  *error = 0;
+  return 0;
+}
+
+MNEMOSYNE_EXPORT int ncclCommFinalize(void*) { return 0; }
+
+MNEMOSYNE_EXPORT int ncclCommDestroy(void* comm) {
+  auto& connection = Connection::instance();
+  forget(commOf(comm));
+  if (connection.isUsable()) {
+    connection.call(CommandWriter(kNcclDestroy).put(commOf(comm)->id));
+  }
+  delete commOf(comm);
+  return 0;
+}
+
+MNEMOSYNE_EXPORT int ncclCommAbort(void* comm) {
+  forget(commOf(comm));
+  // Not by the ring, which may stand still behind this very communicator.
+  Connection::instance().tell({Control::kAbortComm, commOf(comm)->id});
+  delete commOf(comm);
+  return 0;
+}
+
+MNEMOSYNE_EXPORT int ncclGroupStart() { return startGroup(); }
+MNEMOSYNE_EXPORT int ncclGroupEnd() { return endGroup(); }
+
+MNEMOSYNE_EXPORT const char* ncclGetErrorString(int code) {
+  constexpr const char* kTexts[] = {"no error",         "unhandled cuda error",
+                                    "system error",     "internal error",
+                                    "invalid argument", "invalid usage",
+                                    "remote error",     "in progress"};
+  return code >= 0 && code < 8 ? kTexts[code] : "unknown result code";
+}
+
+MNEMOSYNE_EXPORT const char* ncclGetLastError(void*) { return ""; }
+
+// The communicators of this process, oldest first. `ids` gets 128 bytes for
+// each, which are the same in all ranks of one communicator; returns how many
+// there are.
+MNEMOSYNE_EXPORT int mnemosyne_proxy_comms(void** handles, int* num_ranks,
+                                           int* ranks, std::byte* ids,
+                                           int capacity) {
+  std::lock_guard<std::mutex> lock(comms_mutex);
+  const int count = static_cast<int>(comms().size());
+  for (int at = 0; at < std::min(count, capacity); ++at) {
+    const Comm& comm = *comms()[at];
+    handles[at] = comms()[at];
+    num_ranks[at] = comm.num_ranks;
+    ranks[at] = comm.rank;
+    std::memcpy(ids + at * sizeof(NcclUniqueId), &comm.first_id,
+                sizeof(NcclUniqueId));
+  }
+  return count;
+}
+
+// Makes the communicator behind `comm` anew; all its ranks do so with the same
+// id. One that still lives here is aborted first. Returns an ncclResult_t.
+MNEMOSYNE_EXPORT int mnemosyne_proxy_reinit_comm(void* comm,
+                                                 const NcclUniqueId* id) {
+  auto& connection = Connection::instance();
+  Comm& record = *commOf(comm);
+  if (record.generation.exchange(0) == connection.generation()) {
+    connection.tell({Control::kAbortComm, record.id});
+    record.id = nextId();  // the abort may still be under way
+  }
+  return init(&record, *id);
+}

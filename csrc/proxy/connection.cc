@@ -1,0 +1,527 @@
+#include "proxy/connection.h"
+
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "common/deadline.h"
+#include "common/error.h"
+#include "proxy/cuda_abi.h"
+
+extern char** environ;
+
+namespace mnemosyne::proxy {
+
+// A server process. Its descriptors close in a forked child by themselves.
+struct Connection::Server {
+  pid_t pid = -1;
+  Fd pidfd;
+  Fd control;
+
+  void endNow() {
+    if (pidfd) syscall(SYS_pidfd_send_signal, pidfd.get(), SIGKILL, nullptr, 0);
+  }
+  // Whether it ended before the deadline.
+  bool waitForEnd(Deadline deadline) {
+    pollfd end{pidfd.get(), POLLIN, 0};
+    while (poll(&end, 1, deadline.remainingMs()) < 0 && errno == EINTR) {
+    }
+    return (end.revents & POLLIN) != 0;
+  }
+};
+
+namespace {
+
+constexpr int kStartTimeoutMs = 120'000;
+constexpr int kEndTimeoutMs = 2'000;
+
+// The folder that this library is in.
+std::string ownFolder() {
+  Dl_info info{};
+  if (dladdr(reinterpret_cast<void*>(&ownFolder), &info) == 0) return ".";
+  const std::string path = info.dli_fname;
+  const auto slash = path.rfind('/');
+  return slash == std::string::npos ? "." : path.substr(0, slash);
+}
+
+std::string serverPath() {
+  const char* path = std::getenv("MNEMOSYNE_PROXY_SERVER");
+  return path != nullptr ? path : ownFolder() + "/mnemosyne-proxy";
+}
+
+// Our environment, without the preload: the server talks to the real device.
+std::vector<std::string> serverEnvironment(uint64_t generation) {
+  std::vector<std::string> variables;
+  for (char** variable = environ; *variable != nullptr; ++variable) {
+    const std::string text = *variable;
+    if (text.starts_with("LD_PRELOAD=")) continue;
+    if (text.starts_with("MNEMOSYNE_PROXY_GENERATION=")) continue;
+    variables.push_back(text);
+  }
+  variables.push_back("MNEMOSYNE_PROXY_GENERATION=" +
+                      std::to_string(generation));
+  return variables;
+}
+
+std::vector<char*> pointers(std::vector<std::string>& strings) {
+  std::vector<char*> all;
+  for (auto& string : strings) all.push_back(string.data());
+  all.push_back(nullptr);
+  return all;
+}
+
+}  // namespace
+
+Connection& Connection::instance() {
+  static Connection* connection = [] {
+    auto* made = new Connection;
+    // Nobody of ours may hold the locks while the process is copied; the child
+    // has no server, and must not speak to its parent's.
+    pthread_atfork([] { instance().mutex_.lock(); },
+                   [] { instance().mutex_.unlock(); },
+                   [] {
+                     auto& child = instance();
+                     if (child.state_ != State::kOff)
+                       child.state_ = State::kChild;
+                     child.mutex_.unlock();
+                   });
+    return made;
+  }();
+  return *connection;
+}
+
+Connection::Connection() {
+  for (size_t slot = kNumReplies; slot > 0; --slot)
+    free_slots_.push_back(slot - 1);
+}
+
+int Connection::start() {
+  if (state_ == State::kHealthy) return 0;
+  std::lock_guard<std::mutex> lock(mutex_);
+  return startLocked(kStartTimeoutMs);
+}
+
+int Connection::use() {
+  const State state = state_.load();
+  if (state != State::kHealthy && state != State::kOff) return error_;
+  std::lock_guard<std::mutex> lock(mutex_);
+  return prepare(kMapMemory, {});
+}
+
+int Connection::define(Handle* handle) {
+  const State state = state_.load();
+  if (state != State::kHealthy && state != State::kOff) return error_;
+  std::lock_guard<std::mutex> lock(mutex_);
+  return prepare(kMapMemory, {handle});
+}
+
+bool Connection::choose(int device) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (is_attached_ && chosen_device != device) return false;
+  chosen_device = device;
+  return true;
+}
+
+int Connection::startLocked(int timeout_ms) {
+  switch (state_.load()) {
+    case State::kOff:
+      break;
+    case State::kHealthy:
+      return 0;
+    case State::kChild:
+      return kCudaInitializationError;
+    default:
+      return error_;
+  }
+  segment_fd_ =
+      Fd::make([] { return memfd_create("mnemosyne-proxy", MFD_CLOEXEC); });
+  if (!segment_fd_ || ftruncate(segment_fd_.get(), kSegmentBytes) != 0) {
+    fail(kCudaInitializationError,
+         "cannot make the segment: " + std::string(std::strerror(errno)));
+    return error_;
+  }
+  const auto map = [](uint64_t base, uint64_t size, int protection, int flags,
+                      int fd) {
+    void* got = mmap(reinterpret_cast<void*>(base), size, protection,
+                     flags | MAP_NORESERVE | MAP_FIXED_NOREPLACE, fd, 0);
+    return got == reinterpret_cast<void*>(base);
+  };
+  // No pointer of this process can be taken for one of the device.
+  if (!map(kSegmentBase, kSegmentBytes, PROT_READ | PROT_WRITE, MAP_SHARED,
+           segment_fd_.get()) ||
+      !map(kDeviceBase, kDeviceBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS,
+           -1)) {
+    fail(kCudaInitializationError,
+         "the address ranges of the proxy are taken: " +
+             std::string(std::strerror(errno)));
+    return error_;
+  }
+  segment_ = reinterpret_cast<SegmentHead*>(kSegmentBase);
+  if (const int error = launch(timeout_ms); error != 0) {
+    state_ = State::kFailed;
+    return error;
+  }
+  state_ = State::kHealthy;
+  return 0;
+}
+
+// Starts a server process and hears its greeting.
+int Connection::launch(int timeout_ms) {
+  if (watcher_.joinable()) watcher_.join();
+  auto server = std::make_shared<Server>();
+  int sockets[2];
+  Fd theirs;
+  server->control = Fd::make([&] {
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sockets) != 0)
+      return -1;
+    return sockets[0];
+  });
+  if (!server->control) {
+    fail(kCudaInitializationError, "cannot make a socket pair");
+    return error_;
+  }
+  theirs = Fd::make([&] { return sockets[1]; });
+
+  // Nothing of an earlier server is left: it has ended, and so wrote its last.
+  segment_->fault = 0;
+  segment_->late_error = 0;
+  segment_->ring.written = 0;
+  segment_->ring.read = 0;
+  segment_->ring.reader_sleeps = 0;
+  segment_->ring.writer_sleeps = 0;
+  segment_->ring.closed = 0;
+  ring_ = std::make_unique<RingWriter>(&segment_->ring, segment_->ring_data,
+                                       kRingBytes);
+  const uint64_t generation = generation_ + 1;
+
+  const std::string path = serverPath();
+  std::vector<std::string> arguments{path};
+  std::vector<std::string> environment = serverEnvironment(generation);
+  // dup2 onto itself would leave the close-on-exec flag: go by way of high
+  // numbers.
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_adddup2(&actions, theirs.get(), 1000);
+  posix_spawn_file_actions_adddup2(&actions, segment_fd_.get(), 1001);
+  posix_spawn_file_actions_adddup2(&actions, 1000, kControlFd);
+  posix_spawn_file_actions_adddup2(&actions, 1001, kSegmentFd);
+  posix_spawn_file_actions_addclosefrom_np(&actions, kSegmentFd + 1);
+  const int spawned =
+      posix_spawn(&server->pid, path.c_str(), &actions, nullptr,
+                  pointers(arguments).data(), pointers(environment).data());
+  posix_spawn_file_actions_destroy(&actions);
+  theirs.reset();
+  if (spawned != 0) {
+    fail(kCudaInitializationError,
+         "cannot start " + path + ": " + std::strerror(spawned));
+    return error_;
+  }
+  server->pidfd = Fd::make([&] {
+    return static_cast<int>(syscall(SYS_pidfd_open, server->pid, 0));
+  });
+
+  const Deadline deadline = Deadline::in(Milliseconds(timeout_ms));
+  pollfd greeting{server->control.get(), POLLIN, 0};
+  while (poll(&greeting, 1, deadline.remainingMs()) < 0 && errno == EINTR) {
+  }
+  Hello hello{};
+  const ssize_t got =
+      recv(server->control.get(), &hello, sizeof hello, MSG_DONTWAIT);
+  if (got != sizeof hello || hello.magic != kProtocolMagic ||
+      hello.error != 0) {
+    server->endNow();
+    if (server->waitForEnd(Deadline::in(Milliseconds(kEndTimeoutMs)))) {
+      waitpid(server->pid, nullptr, 0);
+    }
+    hello.message[sizeof hello.message - 1] = '\0';
+    const bool spoke = got == sizeof hello && hello.magic == kProtocolMagic;
+    fail(spoke ? hello.error : int{kCudaInitializationError},
+         spoke ? hello.message
+               : "the proxy server ended, or said nothing in time");
+    return error_;
+  }
+  num_devices_ = hello.num_devices;
+  driver_version_ = hello.driver_version;
+  server_ = server;
+  pid_ = server->pid;
+  is_lost_ = false;
+  generation_ = generation;
+  watcher_ = std::thread([this, server] { watch(server); });
+  return 0;
+}
+
+// Waits for the end of a server, and lets nobody wait for it any more.
+void Connection::watch(std::shared_ptr<Server> server) {
+  server->waitForEnd(Deadline::never());
+  waitpid(server->pid, nullptr, 0);
+  pid_ = 0;
+  const int fault = segment_->fault;
+  error_ = fault != 0 ? fault : int{kCudaLaunchFailure};
+  is_lost_ = true;
+  State healthy = State::kHealthy;
+  state_.compare_exchange_strong(healthy, State::kLost);
+  segment_->ring.close();
+  for (Reply& reply : segment_->replies) {
+    const auto lost = static_cast<uint32_t>(ReplyState::kLost);
+    uint32_t state = reply.state.load();
+    while (state != static_cast<uint32_t>(ReplyState::kDone) && state != lost) {
+      if (reply.state.compare_exchange_weak(state, lost))
+        futexWakeAll(&reply.state);
+    }
+  }
+}
+
+// Everything that must stand in front of a command; 0 if it may be sent.
+int Connection::prepare(uint16_t opcode, std::initializer_list<Handle*> needs) {
+  if (const int error = startLocked(kStartTimeoutMs); error != 0) return error;
+  if (is_lost_) return error_;
+  if (!is_attached_ && opcode >= kMapMemory) {
+    if (const int error = attach(); error != 0) return error;
+  }
+  for (Handle* handle : needs) need(handle);
+  return 0;
+}
+
+int Connection::attach() {
+  Answer answer{&device_, sizeof device_};
+  const auto command = CommandWriter(kAttach).put(int32_t{chosen_device});
+  if (const int error = callLocked(command, &answer); error != 0) {
+    fail(error,
+         "the device gives error " + std::to_string(error) + " at its start");
+    return error;
+  }
+  if (device_.device_base != kDeviceBase) {
+    fail(kCudaInitializationError,
+         "the driver gives another address range than the one that was asked "
+         "for, so "
+         "pointers would not outlive a server");
+    return error_;
+  }
+  is_attached_ = true;
+  return 0;
+}
+
+void Connection::need(Handle* handle) {
+  if (handle == nullptr || handle->generation_ == generation_) return;
+  handle->generation_ = generation_;
+  handle->define(*this);
+}
+
+int Connection::submit(const CommandWriter& command, uint16_t reply) {
+  num_commands_.fetch_add(1, std::memory_order_relaxed);
+  num_bytes_.fetch_add(command.payload().size(), std::memory_order_relaxed);
+  if (!ring_->put(command.opcode(), reply, command.payload()) || is_lost_) {
+    return error_ != 0 ? error_.load() : int{kCudaLaunchFailure};
+  }
+  return 0;
+}
+
+int Connection::put(const CommandWriter& command) {
+  return submit(command, kNoReply);
+}
+
+int Connection::takeLateError() {
+  if (segment_->late_error.load(std::memory_order_relaxed) == 0) return 0;
+  return segment_->late_error.exchange(0);
+}
+
+int Connection::post(const CommandWriter& command,
+                     std::initializer_list<Handle*> needs) {
+  // Not under the lock: whoever recovers holds it.
+  const State state = state_.load();
+  if (state != State::kHealthy && state != State::kOff) return error_;
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (const int error = prepare(command.opcode(), needs); error != 0)
+    return error;
+  if (const int error = put(command); error != 0) return error;
+  return takeLateError();
+}
+
+uint16_t Connection::takeSlot() {
+  std::unique_lock<std::mutex> lock(slots_mutex_);
+  slot_freed_.wait(lock, [this] { return !free_slots_.empty(); });
+  const uint16_t slot = free_slots_.back();
+  free_slots_.pop_back();
+  segment_->replies[slot].state = static_cast<uint32_t>(ReplyState::kPending);
+  return slot;
+}
+
+void Connection::giveSlot(uint16_t slot) {
+  {
+    std::lock_guard<std::mutex> lock(slots_mutex_);
+    free_slots_.push_back(slot);
+  }
+  slot_freed_.notify_one();
+}
+
+// Waits for the answer in `slot`, and frees it.
+int Connection::await(uint16_t slot, Answer* answer) {
+  Reply& reply = segment_->replies[slot];
+  const auto pending = static_cast<uint32_t>(ReplyState::kPending);
+  const auto awaited = static_cast<uint32_t>(ReplyState::kAwaited);
+  uint32_t state = reply.state.load();
+  for (int spins = 0; state == pending || state == awaited; ++spins) {
+    if (spins < numSpins()) {
+      pauseSpin();
+    } else if (state == awaited ||
+               reply.state.compare_exchange_strong(state, awaited)) {
+      futexWait(&reply.state, awaited);
+    }
+    state = reply.state.load();
+  }
+  int result = error_;
+  if (state == static_cast<uint32_t>(ReplyState::kDone)) {
+    result = reply.result;
+    if (answer != nullptr) {
+      answer->got_bytes = std::min<size_t>(reply.size_bytes, sizeof reply.data);
+      const size_t size = std::min(answer->got_bytes, answer->size_bytes);
+      if (size > 0) std::memcpy(answer->data, reply.data, size);
+    }
+  }
+  giveSlot(slot);
+  return result;
+}
+
+int Connection::callLocked(const CommandWriter& command, Answer* answer) {
+  num_calls_.fetch_add(1, std::memory_order_relaxed);
+  const uint16_t slot = takeSlot();
+  if (const int error = submit(command, slot); error != 0) {
+    giveSlot(slot);
+    return error;
+  }
+  return await(slot, answer);
+}
+
+int Connection::call(const CommandWriter& command, Answer* answer,
+                     std::initializer_list<Handle*> needs) {
+  const State state = state_.load();
+  if (state != State::kHealthy && state != State::kOff) return error_;
+  uint16_t slot;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (const int error = prepare(command.opcode(), needs); error != 0)
+      return error;
+    num_calls_.fetch_add(1, std::memory_order_relaxed);
+    slot = takeSlot();
+    if (const int error = submit(command, slot); error != 0) {
+      giveSlot(slot);
+      return error;
+    }
+  }
+  const int result = await(slot, answer);
+  const int late = takeLateError();
+  return result != 0 ? result : late;
+}
+
+void Connection::fail(int error, const std::string& message) {
+  error_ = error != 0 ? error : int{kCudaInitializationError};
+  state_ = State::kFailed;
+  std::lock_guard<std::mutex> lock(message_mutex_);
+  message_ = message;
+  std::fprintf(stderr, "mnemosyne: device proxy: %s\n", message.c_str());
+}
+
+std::string Connection::message() {
+  std::lock_guard<std::mutex> lock(message_mutex_);
+  return message_;
+}
+
+void Connection::tell(ControlMessage message) {
+  std::shared_ptr<Server> server;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    server = server_;
+  }
+  if (server == nullptr) return;
+  send(server->control.get(), &message, sizeof message, MSG_NOSIGNAL);
+}
+
+void Connection::kill() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (server_ != nullptr) server_->endNow();
+}
+
+int Connection::recover(int timeout_ms, bool poison) {
+  if (state_ == State::kOff || state_ == State::kChild)
+    return kCudaNotInitialized;
+  const State before = state_.exchange(State::kRestoring);
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (before == State::kHealthy) error_ = int{kCudaLaunchFailure};
+  // A new one must find the memory of the device free, so the old one ends
+  // first.
+  if (server_ != nullptr) {
+    server_->endNow();
+    if (!server_->waitForEnd(Deadline::in(Milliseconds(timeout_ms)))) {
+      fail(kCudaUnknown, "the lost server does not end; its device hangs");
+      return error_;
+    }
+  }
+  const bool was_attached = std::exchange(is_attached_, false);
+  int error = launch(timeout_ms);
+  if (error == 0 && was_attached) error = attach();
+  if (error == 0 && was_attached) error = restoreMemory(poison);
+  if (error != 0) {
+    state_ = State::kFailed;
+    return error;
+  }
+  error_ = 0;
+  state_ = State::kHealthy;
+  if (is_lost_) state_ = State::kLost;  // it ended in between
+  return 0;
+}
+
+int Connection::restoreMemory(bool poison) {
+  for (const Block& block : host_space.blocks()) {
+    const auto command =
+        CommandWriter(kMapHost).put(block.address).put(block.size_bytes);
+    if (const int error = callLocked(command); error != 0) {
+      fail(error, "the new server cannot map host memory");
+      return error;
+    }
+  }
+  const auto blocks = device_space.blocks();
+  for (const Block& block : blocks) {
+    const auto command = CommandWriter(kMapMemory)
+                             .put(block.address)
+                             .put(block.size_bytes)
+                             .put(static_cast<uint8_t>(poison));
+    if (const int error = callLocked(command); error != 0) {
+      fail(error, "the new server cannot map " +
+                      std::to_string(block.size_bytes) +
+                      " bytes of device memory at their old address");
+      return error;
+    }
+  }
+  return 0;
+}
+
+void Connection::shutdown() {
+  if (state_ == State::kOff || state_ == State::kChild) return;
+  std::shared_ptr<Server> server;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    server = server_;
+    if (server == nullptr) return;
+    server->control.reset();  // its end of file tells the server to go
+    segment_->ring.close();
+  }
+  if (!server->waitForEnd(Deadline::in(Milliseconds(kEndTimeoutMs))))
+    server->endNow();
+  if (watcher_.joinable()) watcher_.join();
+}
+
+}  // namespace mnemosyne::proxy
