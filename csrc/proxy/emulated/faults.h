@@ -1,0 +1,62 @@
+// What the environment variable MNEMOSYNE_EMULATED asks of the device: its size
+// and the fault that it shall have.
+//
+//   MNEMOSYNE_EMULATED=memory=1g,fault=illegal_address,at=37,server=0
+//
+//   memory=N[k|m|g|t]      bytes of device memory; 8g
+//   fault=NAME             one of the table in faults.cc; none
+//   at=N                   with which device operation (a launch, a copy, a
+//                          memset, a BLAS or NCCL call; the first is 0); 0
+//   server=G               only in the server of this generation, which
+//                          MNEMOSYNE_PROXY_GENERATION tells; in any
+//   slow_ms=N              what `slow` adds to each operation; 5
+//   address=other          reservations of addresses ignore the wish
+//   unknown_kernels=skip   do nothing where no host function is known
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+namespace mnemosyne::proxy::emulated {
+
+enum class Fault {
+  kNone,
+  kIllegalAddress,
+  kAssert,
+  kEcc,
+  kHang,
+  kLostDevice,
+  kKill,
+  kSlow,
+};
+
+class OptionError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+struct Options {
+  size_t memory_bytes = size_t{8} << 30;
+  Fault fault = Fault::kNone;
+  uint64_t at = 0;
+  std::optional<int> server;
+  int slow_ms = 5;
+  bool other_address = false;
+  bool skip_unknown_kernels = false;
+  int generation = 0;
+
+  // Throws OptionError. Null pointers stand for unset variables.
+  static Options parse(const char* list, const char* generation);
+
+  // The device went away in an earlier server.
+  bool deviceIsLost() const;
+
+  // Called in front of operation `number`: does what the fault does, and
+  // returns the error that the operation ends with.
+  int strike(uint64_t number) const;
+};
+
+}  // namespace mnemosyne::proxy::emulated

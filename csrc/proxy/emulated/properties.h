@@ -1,0 +1,25 @@
+// What the device says of itself: that of an H100.
+#pragma once
+
+#include <cstddef>
+
+namespace mnemosyne::proxy::emulated {
+
+constexpr char kDeviceName[] = "Mnemosyne emulated device";
+constexpr char kDeviceUuid[] = "mnemosyne-emul-0";  // 16 bytes and the end
+constexpr int kLastDeviceAttribute = 147;           // of CUDA 13.0
+
+constexpr int kMaxThreadsPerBlock = 1024;
+constexpr int kMaxThreadsPerMultiprocessor = 2048;
+constexpr int kMaxBlocksPerMultiprocessor = 32;
+constexpr int kSharedBytesPerBlock = 48 << 10;
+constexpr int kSharedBytesPerBlockOptIn = 227 << 10;
+constexpr int kSharedBytesPerMultiprocessor = 228 << 10;
+
+// Of a CUdevice_attribute; 0 for what the device cannot do.
+int deviceAttribute(int attribute);
+
+// Fills a cudaDeviceProp.
+void fillProperties(size_t memory_bytes, void* properties);
+
+}  // namespace mnemosyne::proxy::emulated
