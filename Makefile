@@ -71,7 +71,8 @@ matrix: $(BUILT)
 	$(BIN)/python -m tests.matrix megatron --output build/matrix_megatron.txt
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info mnemosyne_plugin/ccl/_C*.so
+	rm -rf $(VENV) build dist runs *.egg-info mnemosyne_plugin/ccl/_C*.so \
+	    mnemosyne_plugin/proxy/lib
 
 $(INSTALLED): requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

@@ -63,6 +63,14 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(folder / target.name, target)
+        # The device proxy: libraries and a program that no Python loads.
+        home = ROOT if self.editable_mode or self.inplace else Path(self.build_lib)
+        proxy = home / "mnemosyne_plugin" / "proxy" / "lib"
+        proxy.mkdir(parents=True, exist_ok=True)
+        for built in (folder / "device_proxy").iterdir():
+            # A running program cannot be written over, but its name can be given away.
+            (proxy / built.name).unlink(missing_ok=True)
+            shutil.copy2(built, proxy / built.name)
 
 
 setup(
