@@ -40,7 +40,9 @@ uint32_t streamId(void* stream) {
   return streamNumber(stream);
 }
 
-int pointerMode(void* handle) { return blas(handle)->pointer_mode; }
+CublasPointerMode pointerMode(void* handle) {
+  return static_cast<CublasPointerMode>(blas(handle)->pointer_mode);
+}
 
 void putCublas(CommandWriter& command, void* handle) {
   const BlasHandle& of = *blas(handle);

@@ -33,7 +33,7 @@ void* Libraries::symbol(Library library, const char* name) {
 
 Driver::Driver(Libraries& libraries) {
 #define MNEMOSYNE_LOAD(name, ...) \
-  name = libraries.function<int(__VA_ARGS__)>(Library::kDriver, #name);
+  name = libraries.function<int(__VA_ARGS__)>(Library::kCuda, #name);
   MNEMOSYNE_DRIVER_FUNCTIONS(MNEMOSYNE_LOAD)
 #undef MNEMOSYNE_LOAD
 }

@@ -11,10 +11,10 @@
 #include <string>
 
 #include "proxy/cuda_abi.h"
+#include "proxy/forward.h"
 
 namespace mnemosyne::proxy {
 
-enum class Library { kDriver, kRuntime, kCublas, kCublasLt, kNccl };
 constexpr size_t kNumLibraries = 5;
 
 class MissingLibrary : public std::runtime_error {

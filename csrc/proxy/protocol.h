@@ -111,7 +111,6 @@ enum Opcode : uint16_t {
   kNcclDestroy,     // comm =
   kNcclGroupStart,  //
   kNcclGroupEnd,    //
-  kFirstForwarded = 256,  // see api.def
 };
 
 struct AttachReply {

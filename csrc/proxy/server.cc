@@ -90,7 +90,7 @@ void Server::execute(const Record& record) {
   const Responder responder(segment_, record.reply);
   const uint16_t opcode = record.opcode;
   try {
-    if (opcode >= kFirstForwarded) {
+    if (opcode >= kFirstForward) {
       if (!executeGenerated(opcode, reader, *this)) {
         throw ProtocolError("no such command: " + std::to_string(opcode));
       }
@@ -123,7 +123,7 @@ void Server::executeQuery(uint16_t opcode, CommandReader& reader,
     case kDeviceProperties: {
       std::vector<std::byte> properties(kDevicePropertiesBytes);
       auto* get = libraries_.function<int(void*, int)>(
-          Library::kRuntime, "cudaGetDeviceProperties");
+          Library::kCudart, "cudaGetDeviceProperties");
       const int result = get(properties.data(), reader.get<int32_t>());
       responder.answer(result, properties.data(), properties.size());
       break;

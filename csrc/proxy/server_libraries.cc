@@ -47,7 +47,7 @@ void* Server::comm(uint32_t id) {
 void Server::failed(Library library, const char* name, int code) {
   if (code == 0) return;
   if (library == Library::kNccl && code == kNcclInProgress) return;
-  if (library == Library::kDriver || library == Library::kRuntime) {
+  if (library == Library::kCuda || library == Library::kCudart) {
     check(code, name);
     return;
   }
