@@ -3,6 +3,7 @@
 #include <elf.h>
 
 #include <algorithm>
+#include <map>
 #include <string_view>
 
 #include "proxy/byte_view.h"
@@ -48,22 +49,21 @@ class Cubin {
   }
 
   KernelTable read() {
-    KernelTable table;
     const ByteView names(contents(section(header_.e_shstrndx)));
+    // Functions that are no kernels have such sections too.
+    std::map<std::string_view, KernelLayout> layouts;
     for (unsigned n = 0; n < header_.e_shnum; ++n) {
       const Elf64_Shdr info = section(n);
       if (!names.startsWith(info.sh_name, kInfoPrefix)) continue;
       const auto name = charged(names.text(info.sh_name + kInfoPrefix.size()));
-      table.kernels.insert_or_assign(std::string(name),
-                                     layout(charged(contents(info))));
+      layouts.insert_or_assign(name, layout(charged(contents(info))));
     }
     for (unsigned n = 0; n < header_.e_shnum; ++n) {
       const Elf64_Shdr symbols = section(n);
       if (symbols.sh_type != SHT_SYMTAB) continue;
-      readSymbols(symbols, names, &table);
-      break;  // there is one
+      return tableOf(symbols, names, &layouts);  // there is one
     }
-    return table;
+    throw FatBinaryError("a cubin has no table of symbols");
   }
 
  private:
@@ -123,8 +123,9 @@ class Cubin {
     return layout;
   }
 
-  void readSymbols(const Elf64_Shdr& symbols, const ByteView& section_names,
-                   KernelTable* table) {
+  KernelTable tableOf(const Elf64_Shdr& symbols, const ByteView& section_names,
+                      std::map<std::string_view, KernelLayout>* layouts) {
+    KernelTable table;
     const ByteView all(contents(symbols));
     const ByteView names(contents(section(symbols.sh_link)));
     for (uint64_t at = 0; at + sizeof(Elf64_Sym) <= all.size();
@@ -135,18 +136,18 @@ class Cubin {
         continue;
       }
       if (type == STT_FUNC && (symbol.st_other & kIsEntry)) {
-        // Its section of information is missing if there is none.
         const auto name = charged(names.text(symbol.st_name));
-        table->kernels.try_emplace(std::string(name));
+        table.kernels.emplace(name, std::move((*layouts)[name]));
       } else if (type == STT_OBJECT) {
         const uint64_t in = section(symbol.st_shndx).sh_name;
         if (section_names.startsWith(in, ".nv.global") ||
             section_names.startsWith(in, ".nv.constant")) {
           const auto name = charged(names.text(symbol.st_name));
-          table->variables.emplace(name, symbol.st_size);
+          table.variables.emplace(name, symbol.st_size);
         }
       }
     }
+    return table;
   }
 
   ByteView bytes_;

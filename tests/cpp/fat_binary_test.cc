@@ -65,6 +65,7 @@ TEST(the_parameters_of_a_kernel_come_in_their_order_with_offset_and_size) {
                           .kernel("few", few)
                           .kernel("none", {})
                           .kernel("large", large, true)
+                          .function("called")
                           .variable("history", 140)
                           .build();
   const auto table = FatBinary::in(cubin).kernels(90);

@@ -63,6 +63,16 @@ class CubinWriter {
     return *this;
   }
 
+  // What a kernel calls; linked separately, it has information as well.
+  CubinWriter& function(const std::string& name) {
+    Bytes info;
+    append(&info, Attribute{3, 0x1b, 0xff});
+    addSection(".nv.info." + name, SHT_PROGBITS, info);
+    const auto code = addSection(".text." + name, SHT_PROGBITS, Bytes(16));
+    addSymbol(name, STT_FUNC, 0, code, 16);
+    return *this;
+  }
+
   CubinWriter& variable(const std::string& name, uint64_t size) {
     const auto in = addSection(".nv.global", SHT_NOBITS, {}, size);
     addSymbol(name, STT_OBJECT, 0, in, size);
