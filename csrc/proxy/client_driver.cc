@@ -68,6 +68,17 @@ MNEMOSYNE_EXPORT int cuCtxGetCurrent(void** context) {
   return 0;
 }
 
+MNEMOSYNE_EXPORT int cuCtxPushCurrent(void*) { return 0; }
+
+MNEMOSYNE_EXPORT int cuCtxPopCurrent(void** context) {
+  return cuCtxGetCurrent(context);
+}
+
+MNEMOSYNE_EXPORT int cuDeviceGetUuid(void* uuid, int device) {
+  Answer answer{uuid, 16};
+  return connection().call(CommandWriter(kDeviceUuid).put(device), &answer);
+}
+
 MNEMOSYNE_EXPORT int cuGetErrorName(int code, const char** name) {
   *name = cudaGetErrorName(code);
   return 0;

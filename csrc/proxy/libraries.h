@@ -87,7 +87,6 @@ class Libraries {
   F(cuLibraryLoadData, void**, const void*, void*, void*, unsigned, void*,  \
     void*, unsigned)                                                        \
   F(cuLibraryGetKernel, void**, void*, const char*)                         \
-  F(cuLibraryGetGlobal, uint64_t*, size_t*, void*, const char*)             \
   F(cuKernelGetFunction, void**, void*)                                     \
   F(cuKernelGetAttribute, int*, int, void*, int)                            \
   F(cuKernelSetAttribute, int, int, void*, int)                             \
