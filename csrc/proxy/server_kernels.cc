@@ -138,8 +138,10 @@ void Server::executeKernels(uint16_t opcode, CommandReader& reader,
       const std::string name(reinterpret_cast<const char*>(bytes.data()),
                              bytes.size());
       uint64_t found[2] = {};
-      const int error = driver.cuLibraryGetGlobal(&found[0], &found[1], library,
-                                                  name.c_str());
+      auto* get =
+          libraries_.function<int(uint64_t*, size_t*, void*, const char*)>(
+              Library::kCuda, "cuLibraryGetGlobal");
+      const int error = get(&found[0], &found[1], library, name.c_str());
       responder.answerWith(endIfLost(error, "cuLibraryGetGlobal"), found);
       break;
     }
