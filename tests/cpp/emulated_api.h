@@ -117,6 +117,8 @@ void upload(DevicePointer to, const std::vector<T>& values) {
   check(cuMemcpyHtoDAsync_v2(to, values.data(), values.size() * sizeof(T),
                              nullptr),
         "upload", __LINE__);
+  // It was read, but may not have arrived for other streams yet.
+  check(cuStreamSynchronize(nullptr), "upload", __LINE__);
 }
 
 // A gate that stops a stream until the test opens it.
