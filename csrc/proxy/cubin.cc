@@ -139,11 +139,16 @@ class Cubin {
         const auto name = charged(names.text(symbol.st_name));
         table.kernels.emplace(name, std::move((*layouts)[name]));
       } else if (type == STT_OBJECT) {
-        const uint64_t in = section(symbol.st_shndx).sh_name;
-        if (section_names.startsWith(in, ".nv.global") ||
-            section_names.startsWith(in, ".nv.constant")) {
+        const Elf64_Shdr in = section(symbol.st_shndx);
+        if (section_names.startsWith(in.sh_name, ".nv.global") ||
+            section_names.startsWith(in.sh_name, ".nv.constant")) {
           const auto name = charged(names.text(symbol.st_name));
           table.variables.emplace(name, symbol.st_size);
+          if (in.sh_type == SHT_NOBITS) continue;
+          const auto value = charged(
+              ByteView(contents(in)).slice(symbol.st_value, symbol.st_size));
+          table.initial_values.try_emplace(std::string(name), value.begin(),
+                                           value.end());
         }
       }
     }

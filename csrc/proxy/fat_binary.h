@@ -38,6 +38,9 @@ struct KernelTable {
   std::map<std::string, KernelLayout, std::less<>> kernels;
   // Size in bytes of what is __device__, __constant__ or __managed__.
   std::map<std::string, uint64_t, std::less<>> variables;
+  // What those begin as that do not begin as zeros; only of cubins, and without
+  // the addresses of others.
+  std::map<std::string, std::vector<std::byte>, std::less<>> initial_values;
 };
 
 // A view: whoever made it keeps the bytes alive, which a loaded program does.

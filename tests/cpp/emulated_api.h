@@ -60,7 +60,10 @@ int cuEventDestroy_v2(void*);
 int cuLibraryLoadData(void**, const void*, int*, void**, unsigned, int*, void**,
                       unsigned);
 int cuLibraryGetKernel(void**, void*, const char*);
+int cuLibraryUnload(void*);
+int cuLibraryGetGlobal(DevicePointer*, size_t*, void*, const char*);
 int cuKernelGetFunction(void**, void*);
+int cuKernelGetParamInfo(void*, size_t, size_t*, size_t*);
 int cuLaunchKernelEx(const mnemosyne::proxy::LaunchConfig*, void*, void**,
                      void**);
 void mnemosyne_emulated_register_kernel(const char*,

@@ -4,6 +4,7 @@
 #include <map>
 
 #include "emulated_api.h"
+#include "fat_binary_writer.h"
 #include "test.h"
 
 namespace mnemosyne::testing {
@@ -334,6 +335,57 @@ TEST(an_unknown_kernel_is_not_found_or_skipped_and_counted) {
     for (int i = 0; i < 3; ++i) CHECK(launchAdd(function, {0, 0, 1}, nullptr));
     CHECK(cuCtxSynchronize());
     EXPECT_EQ(mnemosyne_emulated_num_skipped(), size_t{3});
+  });
+}
+
+TEST(a_fat_binary_tells_the_parameters_and_the_variables) {
+  withDevice("", [] {
+    openContext();
+    mnemosyne_emulated_register_kernel("add", addKernel);
+    const Bytes code = CubinWriter()
+                           .kernel("add", {{0, 8}, {8, 8}, {16, 4}})
+                           .kernel("unwritten", {{0, 4}})
+                           .variable("history", 40)
+                           .variable("greeting", 5, bytesOf("hello"))
+                           .build();
+    void *library, *kernel, *unwritten, *unknown;
+    CHECK(cuLibraryLoadData(&library, code.data(), nullptr, nullptr, 0, nullptr,
+                            nullptr, 0));
+    CHECK(cuLibraryGetKernel(&kernel, library, "add"));
+    size_t offset = 0, size = 0;
+    CHECK(cuKernelGetParamInfo(kernel, 2, &offset, &size));
+    EXPECT_EQ(offset, size_t{16});
+    EXPECT_EQ(size, size_t{4});
+    EXPECT_EQ(cuKernelGetParamInfo(kernel, 3, &offset, &size), 1);
+
+    Allocation y(4096), x(4096);
+    upload(y.address(), std::vector<float>{1, 2});
+    upload(x.address(), std::vector<float>{3, 4});
+    DevicePointer at_y = y.address(), at_x = x.address();
+    uint32_t count = 2;
+    void* parameters[] = {&at_y, &at_x, &count};
+    proxy::LaunchConfig config = {};
+    config.block.x = 2;
+    CHECK(cuLaunchKernelEx(&config, kernel, parameters, nullptr));
+    EXPECT(download<float>(at_y, 2) == (std::vector<float>{4, 6}));
+
+    // The fat binary has it, the host has not.
+    CHECK(cuLibraryGetKernel(&unwritten, library, "unwritten"));
+    EXPECT_EQ(cuLaunchKernelEx(&config, unwritten, parameters, nullptr), 500);
+    EXPECT_EQ(cuLibraryGetKernel(&unknown, library, "unknown"), 500);
+
+    DevicePointer greeting, history;
+    CHECK(cuLibraryGetGlobal(&greeting, &size, library, "greeting"));
+    EXPECT_EQ(size, size_t{5});
+    const auto text = download<char>(greeting, 5);
+    EXPECT_EQ(std::string(text.begin(), text.end()), std::string("hello"));
+    CHECK(cuLibraryGetGlobal(&history, &size, library, "history"));
+    EXPECT_EQ(size, size_t{40});
+    EXPECT_EQ(download<int>(history, 10)[9], 0);
+    EXPECT_EQ(cuLibraryGetGlobal(&history, &size, library, "add"), 500);
+    CHECK(cuLibraryUnload(library));
+    EXPECT_EQ(cuLaunchKernelEx(&config, kernel, parameters, nullptr), 400);
+    EXPECT_EQ(cuMemsetD8Async(greeting, 0, 1, nullptr), 1);
   });
 }
 

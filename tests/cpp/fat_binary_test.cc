@@ -67,6 +67,7 @@ TEST(the_parameters_of_a_kernel_come_in_their_order_with_offset_and_size) {
                           .kernel("large", large, true)
                           .function("called")
                           .variable("history", 140)
+                          .variable("greeting", 5, bytesOf("hello"))
                           .build();
   const auto table = FatBinary::in(cubin).kernels(90);
   EXPECT_EQ(table.kernels.size(), 3u);
@@ -76,8 +77,10 @@ TEST(the_parameters_of_a_kernel_come_in_their_order_with_offset_and_size) {
   EXPECT_EQ(table.kernels.at("few").size_bytes, 32u);
   EXPECT_EQ(table.kernels.at("none").size_bytes, 0u);
   EXPECT_EQ(table.kernels.at("large").size_bytes, 20'016u);
-  EXPECT_EQ(table.variables.size(), 1u);
+  EXPECT_EQ(table.variables.size(), 2u);
   EXPECT_EQ(table.variables.at("history"), 140u);
+  EXPECT_EQ(table.initial_values.size(), 1u);
+  EXPECT(table.initial_values.at("greeting") == bytesOf("hello"));
 }
 
 TEST(an_image_reads_the_same_however_it_is_packed) {
@@ -363,6 +366,16 @@ TEST(nvcc_lays_parameters_out_as_cpp_does_a_structure) {
   }
   expectLayouts(tableIn("zstd.fatbin", 90));
   expectLayouts(tableIn("zstd.fatbin", 100));
+}
+
+TEST(a_cubin_of_nvcc_tells_what_a_variable_begins_as) {
+  Bytes two;
+  append(&two, 2.0f);
+  for (const int device : {80, 90, 100}) {
+    const auto table = tableIn("zstd.fatbin", device);
+    EXPECT(table.initial_values.at("factor") == two);
+    EXPECT(!table.initial_values.contains("history"));
+  }
 }
 
 TEST(an_alignment_above_16_is_one_of_the_place_in_the_bank_of_constants) {

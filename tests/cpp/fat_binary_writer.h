@@ -73,8 +73,11 @@ class CubinWriter {
     return *this;
   }
 
-  CubinWriter& variable(const std::string& name, uint64_t size) {
-    const auto in = addSection(".nv.global", SHT_NOBITS, {}, size);
+  CubinWriter& variable(const std::string& name, uint64_t size,
+                        const Bytes& value = {}) {
+    const auto in = value.empty()
+                        ? addSection(".nv.global", SHT_NOBITS, {}, size)
+                        : addSection(".nv.global.init", SHT_PROGBITS, value);
     addSymbol(name, STT_OBJECT, 0, in, size);
     return *this;
   }

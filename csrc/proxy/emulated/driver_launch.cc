@@ -171,7 +171,7 @@ MNEMOSYNE_EXPORT int cuLibraryLoadData(void** library, const void* code,
 
 MNEMOSYNE_EXPORT int cuLibraryUnload(void* library) {
   if (const int error = contextError()) return error;
-  return libraries().unload(library);
+  return libraries().unload(library, device()->memory());
 }
 
 MNEMOSYNE_EXPORT int cuLibraryGetKernel(void** kernel, void* library,
@@ -180,6 +180,20 @@ MNEMOSYNE_EXPORT int cuLibraryGetKernel(void** kernel, void* library,
   if (name == nullptr) return kCudaInvalidValue;
   return libraries().kernel(library, name,
                             device()->options().skip_unknown_kernels, kernel);
+}
+
+MNEMOSYNE_EXPORT int cuLibraryGetGlobal(CuDevicePtr* to, size_t* size_bytes,
+                                        void* library, const char* name) {
+  if (const int error = contextError()) return error;
+  if (name == nullptr) return kCudaInvalidValue;
+  uint64_t address = 0;
+  size_t size = 0;
+  const int error =
+      libraries().variable(library, name, device()->memory(), &address, &size);
+  if (error != kCudaSuccess) return error;
+  if (to != nullptr) *to = address;
+  if (size_bytes != nullptr) *size_bytes = size;
+  return kCudaSuccess;
 }
 
 MNEMOSYNE_EXPORT int cuKernelGetFunction(void** function, void* kernel) {
