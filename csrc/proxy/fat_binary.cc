@@ -76,6 +76,14 @@ auto preference(const ImageHeader& image) {
                          (image.flags & kIsForFamily) != 0);
 }
 
+std::string nameOf(const ImageHeader& image) {
+  std::string name = image.kind == kPtx ? " compute_" : " sm_";
+  name += std::to_string(image.architecture);
+  if (image.flags & kIsForOneDevice) name += 'a';
+  if (image.flags & kIsForFamily) name += 'f';
+  return name;
+}
+
 Image chosen(const ByteView& code, uint32_t device) {
   std::optional<Image> best;
   std::string others;
@@ -92,8 +100,7 @@ Image chosen(const ByteView& code, uint32_t device) {
         best = Image{image, payload};
       }
     } else if (others.size() < 200) {
-      others += (image.kind == kPtx ? " compute_" : " sm_") +
-                std::to_string(image.architecture);
+      others += nameOf(image);
     }
     at += image.header_bytes + payload.size();
   }
