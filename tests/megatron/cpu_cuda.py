@@ -14,11 +14,13 @@ Import it before Megatron. It changes torch in this process, for good:
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import sys
 import typing
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -201,7 +203,11 @@ def claim_gpus() -> None:
     import megatron.core.datasets.utils as utils
 
     # Wheels do not have the Makefile with which it would compile a dataset's index.
-    utils.compile_helpers = lambda: None
+    if not Path(utils.__file__).with_name("Makefile").exists():
+        utils.compile_helpers = lambda: None
+    with contextlib.suppress(ImportError):  # source trees of 0.16 ask nvcc
+        kernels = importlib.import_module("megatron.legacy.fused_kernels")
+        kernels.load = lambda args: None  # type: ignore[attr-defined]
     cuda: Any = torch.cuda
     cuda.is_available = lambda: True
     cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -52,8 +52,9 @@ class Loop:
 
     @property
     def operations(self) -> float:
-        """Floating-point operations before this run, for checkpoints."""
-        return float(self._values["operations"])
+        """Floating-point operations of all steps before that, for checkpoints."""
+        operations: float = self._values["operations"]
+        return operations
 
     def enter(self) -> None:
         """On a newcomer: have the script's loop begin where the job is."""
@@ -110,6 +111,10 @@ class Loop:
         values["consumed_train_samples"] += running
         values["skipped_train_samples"] += batch - running
         values["iteration"] += 1
+        # What the loop itself adds next, but for packed sequences of various lengths.
+        values["operations"] += self._module.num_floating_point_operations(
+            self._args, running
+        )
         values["gathers_in_forward"] |= has_mutated
 
     # --- Counters -------------------------------------------------------------------

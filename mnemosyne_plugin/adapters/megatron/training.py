@@ -22,7 +22,7 @@ from mnemosyne_plugin.recovery.manager import Manager
 _TARGETS = (
     *("setup_model_and_optimizer", "train_step", "load_checkpoint"),
     *("save_checkpoint", "save_checkpoint_and_time", "evaluate_and_print_results"),
-    *("get_args", "get_timers"),
+    *("get_args", "get_timers", "num_floating_point_operations"),
 )
 
 
