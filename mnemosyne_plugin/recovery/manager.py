@@ -292,8 +292,7 @@ class Manager:
         ``begin`` again.
         """
         self.phase("between")
-        if self._is_setting_up:
-            self._end_setup()
+        self.end_setup()
         if self._is_stopping and self.on_stop is not None:
             self.on_stop()
         while True:
@@ -601,7 +600,10 @@ class Manager:
                 self.mesh.hold_replay(False)
         self._is_newcomer = False
 
-    def _end_setup(self) -> None:
+    def end_setup(self) -> None:
+        """The script's set-up is over: ``begin`` calls it, or who has no step left."""
+        if not self._is_setting_up:
+            return
         self._is_setting_up = False
         if self._setup_log is not None:
             self.mesh.stop_replay()

@@ -65,6 +65,7 @@ def test_pretrain_survives_saves_when_told_to_end_and_resumes(
     checkpoints = tmp_path / "checkpoints"
     chaos = [
         "kill rank=1 step=2 phase=forward nth=2",
+        "kill rank=1 step=5 phase=forward nth=2",  # of the evaluation in front of it
         "kill rank=2 step=6 phase=save",
         "kill rank=3 step=9 phase=mid-optimizer",
         "kill rank=0 step=11 phase=norm",
@@ -77,13 +78,20 @@ def test_pretrain_survives_saves_when_told_to_end_and_resumes(
     check(job, chaos)
     last = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
     assert f"saved: {checkpoints}/iter_{last:07d}" in job.output()
-    assert "a checkpoint was due or under way: it is given up" in job.output()
+    for what in ("a checkpoint", "an evaluation"):
+        assert f"{what} was due or under way: it is given up" in job.output()
 
-    chaos = [f"kill rank=2 step={ITERATIONS - last - 2} phase=norm"]
+    chaos = [
+        f"kill rank=2 step={ITERATIONS - last - 2} phase=norm",
+        # Of the evaluation behind the last step.
+        f"kill rank=1 step={ITERATIONS - last} phase=forward nth=2",
+    ]
     load = [f"--load={checkpoints}", "--mnemosyne", "--mnemosyne-buddies=2"]
     rest = pretrain(cluster, tmp_path / "rest", *load, chaos=chaos)
     assert rest.wait(100) == [0], rest.output()
     check(rest, chaos)
+    # On the same data, though an earlier one was given up.
+    assert validation_loss(rest, 15) == validation_loss(healthy, 15)
 
     both = tmp_path / "losses.txt"
     both.write_text(job.loss_log.read_text() + rest.loss_log.read_text())
@@ -91,6 +99,12 @@ def test_pretrain_survives_saves_when_told_to_end_and_resumes(
     assert first_difference(rest, healthy) is None
     deaths = [e.fields["rank"] for each in (job, rest) for e in each.events("fault")]
     assert_each_step_was_logged(rest, healthy, Counter(deaths))
+
+
+def validation_loss(job: LocalCluster, iteration: int) -> str:
+    asked = f"validation loss at iteration {iteration} |"
+    (line,) = [line for line in job.output().splitlines() if asked in line]
+    return line
 
 
 def check(job: LocalCluster, chaos: Sequence[str]) -> None:

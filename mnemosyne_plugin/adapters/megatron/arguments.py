@@ -29,6 +29,14 @@ _UNPROTECTED = {
     "enable_ft_package": "--enable-ft-package",
     "hybrid_context_parallel": "--hybrid-context-parallel",
     "optimizer_cuda_graph": "--optimizer-cuda-graph",
+    "full_validation": "--full-validation",
+    # Ranks that see a failure and ranks that do not would decide apart.
+    "exit_duration_in_mins": "--exit-duration-in-mins",
+    "exit_signal_handler": "--exit-signal-handler",
+    "adlr_autoresume": "--adlr-autoresume",
+    "check_weight_hash_across_dp_replicas_interval": (
+        "--check-weight-hash-across-dp-replicas-interval"
+    ),
     "overlap_param_gather_with_optimizer_step": (
         "--overlap-param-gather-with-optimizer-step"
     ),

@@ -2,7 +2,7 @@
 
 import copy
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,7 @@ class Loop:
         self._values = {name: getattr(args, name) for name in _COUNTED} | {
             "iteration": args.iteration,
             "operations": args.num_floating_point_operations_so_far,
+            "consumed_valid_samples": args.consumed_valid_samples,
             # Megatron leaves the hooks that gather parameters in forward out of the
             # first steps, until one has mutated.
             "gathers_in_forward": False,
@@ -61,9 +62,33 @@ class Loop:
         args, values = self._args, self._values
         args.iteration = values["iteration"]
         args.num_floating_point_operations_so_far = values["operations"]
-        for name in _COUNTED:
-            setattr(args, name, values[name])
+        args.consumed_valid_samples = values["consumed_valid_samples"]
+        self.count_samples()
         self._update_num_microbatches()
+        if self.is_over:
+            # Megatron's samplers refuse to begin where no sample is left.
+            args.consumed_train_samples -= args.micro_batch_size * (
+                args.data_parallel_size
+            )
+
+    def count_samples(self) -> None:
+        """Have Megatron's counts of samples be those of the job."""
+        for name in _COUNTED:
+            setattr(self._args, name, self._values[name])
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are made."""
+        return self.iteration >= int(self._args.train_iters)
+
+    @property
+    def is_to_exit(self) -> bool:
+        """Whether Megatron exits in front of the next step, by its arguments."""
+        args, iteration = self._args, self.iteration
+        return bool(
+            (args.exit_interval and iteration % args.exit_interval == 0)
+            or iteration in (args.phase_transition_iterations or ())
+        )
 
     def begin(self) -> None:
         """In front of a step; raises StateMismatch if the loop is elsewhere."""
@@ -75,6 +100,8 @@ class Loop:
                     f"{self._values[ours]}",
                     key=name,
                 )
+        if self._running is None:  # the loader has corrected it
+            self._values["consumed_valid_samples"] = self._args.consumed_valid_samples
         self._running = self.running_timers()
 
     @contextmanager
@@ -116,6 +143,13 @@ class Loop:
             self._args, running
         )
         values["gathers_in_forward"] |= has_mutated
+        args = self._args
+        if (
+            args.do_valid
+            and args.eval_interval
+            and values["iteration"] % args.eval_interval == 0
+        ):
+            values["consumed_valid_samples"] += self.num_valid_samples()
 
     # --- Counters -------------------------------------------------------------------
 
@@ -132,6 +166,44 @@ class Loop:
             iterator.replaying, iterator.replay_pos = False, 0
         if self._running is not None:
             self.stop_timers(self._running)
+
+    # --- evaluation ------------------------------------------------------------------
+
+    def num_valid_samples(self, *, of_this_rank: bool = False) -> int:
+        """Return how many samples an evaluation takes; or micro-batches, of one rank.
+
+        Source: ``evaluate``. From 0.18 on it has batch sizes of its own.
+        """
+        args = self._args
+        batch = getattr(args, "eval_global_batch_size", None) or args.global_batch_size
+        if of_this_rank:
+            size = getattr(args, "eval_micro_batch_size", None) or args.micro_batch_size
+            replicas = args.data_parallel_size * getattr(
+                args, "gtp_weight_remat_size", 1
+            )
+            batch //= size * replicas
+        return int(args.eval_iters * batch)
+
+    def leave_out_evaluation(self) -> None:
+        """Count the one that was due behind the last step as all ranks do."""
+        self._args.consumed_valid_samples = self._values["consumed_valid_samples"]
+
+    def modes(self) -> Callable[[], None]:
+        """Return what brings back the modes that an evaluation changes for a while."""
+        config = self._chunks[0].config
+        timers, mode = config.timers, self._rerun.get_mode()
+        training = [chunk.training for chunk in self._chunks]
+        running = self.running_timers()
+
+        def put_back() -> None:
+            config.timers = timers
+            if self._rerun.get_mode() != mode:
+                self._rerun.set_mode(mode)
+            for chunk, is_training in zip(self._chunks, training, strict=True):
+                chunk.train(is_training)
+            self.stop_timers(running)
+
+        return put_back
 
     # --- timers ----------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mnemosyne_plugin.adapters.megatron.evaluation import Evaluation
 from mnemosyne_plugin.adapters.megatron.loop import Loop
 from mnemosyne_plugin.adapters.megatron.state import MegatronState
 from mnemosyne_plugin.adapters.whole_step import WholeStep
@@ -46,11 +47,12 @@ class Saves:
         module = self._module
         self._save = module.save_checkpoint
         module.save_checkpoint = self.save
-        for name, what in (
-            ("save_checkpoint_and_time", "a checkpoint"),
-            ("evaluate_and_print_results", "an evaluation"),
-        ):
-            setattr(module, name, self._given_up(getattr(module, name), what))
+        module.save_checkpoint_and_time = self._given_up(
+            module.save_checkpoint_and_time, "a checkpoint"
+        )
+        module.evaluate_and_print_results = Evaluation(
+            module.evaluate_and_print_results, self._loop
+        ).wrapped(lambda call: self._given_up(call, "an evaluation"))
         if self._args.save:
             self._manager.offer_stop(self.stop)
 
@@ -59,6 +61,7 @@ class Saves:
         if self._may_give_up:
             self._write(iteration, *args, **kwargs)
         else:  # behind the last step: newcomers come here as well
+            self._loop.count_samples()
             self._until_written(lambda: self._write(iteration, *args, **kwargs))
 
     def stop(self) -> None:
@@ -78,17 +81,21 @@ class Saves:
 
     def _until_written(self, write: Callable[[], None]) -> None:
         manager = self._manager
-        while True:
+        # One rank may know that it is written where another has seen a failure, and
+        # newcomers come here when all others have it behind them.
+        while manager.saved[0] < manager.version:
             manager.mesh.absorb(False)
-            running = self._loop.running_timers()
+            put_back = self._loop.modes()
             try:
-                return write()
+                write()
             except Exception:
                 if manager.is_setting_up or not manager.has_failed:
                     raise
-                self._loop.stop_timers(running)
+                put_back()
                 self._mend_tracker()
                 self._whole.catch_up()
+            finally:
+                manager.mesh.absorb(True)
 
     def _write(self, iteration: int, *args: Any, **kwargs: Any) -> None:
         manager = self._manager
@@ -104,25 +111,27 @@ class Saves:
         manager.saved = (manager.version, 1)
         manager.checkpoint = str(Path(self._args.save, _folder(iteration)))
 
-    def _given_up(self, function: Callable[..., Any], what: str) -> Callable[..., Any]:
-        """Return ``function``, which gives up where a worker is lost."""
+    def _given_up(self, function: Callable[..., Any], what: str) -> Callable[..., bool]:
+        """Return ``function``, which gives up where a worker is lost: False."""
         manager = self._manager
 
         @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> bool:
             if manager.version <= manager.furthest_of_all or manager.has_failed:
                 return self._say(what)
             if manager.is_setting_up:
-                return function(*args, **kwargs)
-            running = self._loop.running_timers()
+                function(*args, **kwargs)
+                return True
+            put_back = self._loop.modes()
             manager.mesh.absorb(False)
             self._may_give_up = True
             try:
-                return function(*args, **kwargs)
+                function(*args, **kwargs)
+                return True
             except Exception:
                 if not manager.has_failed:
                     raise
-                self._loop.stop_timers(running)
+                put_back()
                 self._mend_tracker()
                 return self._say(what)
             finally:
@@ -131,13 +140,14 @@ class Saves:
 
         return wrapper
 
-    def _say(self, what: str) -> None:
+    def _say(self, what: str) -> bool:
         if self._manager.is_speaker:
             print(
                 f"mnemosyne: a worker was lost while {what} was due or under way: it "
                 "is given up",
                 flush=True,
             )
+        return False
 
     def _mend_tracker(self) -> None:
         """Name the newest whole checkpoint, if a death has torn the file that does."""

@@ -22,7 +22,7 @@ from mnemosyne_plugin.recovery.manager import Manager
 _TARGETS = (
     *("setup_model_and_optimizer", "train_step", "load_checkpoint"),
     *("save_checkpoint", "save_checkpoint_and_time", "evaluate_and_print_results"),
-    *("get_args", "get_timers", "num_floating_point_operations"),
+    *("get_args", "get_timers", "num_floating_point_operations", "train"),
 )
 
 
@@ -107,9 +107,22 @@ class _Training:
                 f"{self._loop.iteration}",
                 flush=True,
             )
-        self._train_step = module.train_step
-        module.train_step = self.train_step
+        self._train, self._train_step = module.train, module.train_step
+        module.train, module.train_step = self.train, self.train_step
         Saves(module, manager, self._state, self._loop, self._whole).install()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of train: when a newcomer comes, the others may have left theirs."""
+        manager, loop = self._manager, self._loop
+        # In front of the job's first step nobody has asked whether to exit.
+        is_to_exit = manager.version > 0 and loop.is_to_exit
+        if not manager.is_setting_up_alone or not (is_to_exit or loop.is_over):
+            return self._train(*args, **kwargs)
+        manager.end_setup()
+        manager.mesh.start_replay(b"")  # what follows is behind the others
+        if is_to_exit:
+            raise SystemExit(0)
+        return loop.iteration, loop.operations
 
     def train_step(
         self, forward_step_func: Any, data_iterator: Any, *args: Any, **kwargs: Any
