@@ -15,7 +15,11 @@ from typing import Any, Protocol
 from mnemosyne_plugin.errors import MnemosyneError, PeerLost
 from mnemosyne_plugin.launch.board import StoreLost
 from mnemosyne_plugin.launch.nursery import Nursery
-from mnemosyne_plugin.launch.reaper import kill_children, kill_group
+from mnemosyne_plugin.launch.reaper import (
+    kill_children,
+    kill_group,
+    kill_orphans,
+)
 from mnemosyne_plugin.recovery.channel import Channel
 
 logger = logging.getLogger(__name__)
@@ -206,7 +210,7 @@ class Workforce:
         self._drain(worker.channel, self._owner.on_message, worker)
         self._unwatch(worker.channel)
         del self.workers[worker.worker_id]
-        kill_group(worker.pid, signal.SIGKILL)  # what it started and left behind
+        kill_orphans(worker.pid)
         worker.exit_code = exit_code
         self._owner.on_exit(worker)
         self._refill()
