@@ -1,6 +1,7 @@
 """``mnemosyne``: run a job, or report on one."""
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -83,8 +84,11 @@ def _import_launcher() -> ModuleType:
     name = "TORCH_CPP_LOG_LEVEL"
     is_set = name in os.environ
     os.environ.setdefault(name, "ERROR")
+    gc.disable()  # all of it stays
     from mnemosyne_plugin.launch import run
 
+    gc.freeze()
+    gc.enable()
     if not is_set:
         del os.environ[name]
     return run

@@ -6,6 +6,7 @@ which sees its exit code or signal exactly. ``main`` runs in the nursery and, af
 a fork, in the worker; ``Nursery`` is the agent's handle of it.
 """
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -89,6 +90,8 @@ def main(on_phase: OnPhase | None = None) -> None:
 
     on_phase: for the manager of each worker.
     """
+    # What is imported stays: looking for garbage in it takes a quarter of the import.
+    gc.disable()
     agent_pid = int(os.environ.pop(_AGENT))
     die_with_parent(agent_pid)
     channel = Channel(int(os.environ.pop(_FD)))
@@ -101,12 +104,15 @@ def main(on_phase: OnPhase | None = None) -> None:
     culprit = preload(request["modules"])
     if culprit is None and not is_safe_to_fork():
         raise RuntimeError("importing torch started a thread: workers cannot be forked")
+    # Nor do workers look at it ever again: each would copy the pages by that.
+    gc.freeze()
     channel.send("warm", culprit=culprit)
     while (request := channel.receive()) is not None:
         order, fd = request["order"], channel.take_fd()
         pid = _fork(agent_pid)
         if pid == 0:
             channel.close()
+            gc.enable()
             _reseed()
             sys.exit(worker.main(order, Channel(fd), on_phase))
         os.close(fd)
