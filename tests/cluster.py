@@ -40,6 +40,8 @@ class LocalCluster:
     num_agents: int = 1
     procs_per_agent: int = 4
     num_standbys: int = 1
+    preload: Sequence[str] = ("torch._dynamo", "deepspeed")
+    """To save time: most of a short job is imports, else made by each worker."""
     chaos: Sequence[str] = ()
     launch_args: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
@@ -69,12 +71,14 @@ class LocalCluster:
             f"--nproc-per-node={self.procs_per_agent}",
             f"--standby={self.num_standbys}",
             f"--run-dir={self.run_dir}",
+            *(f"--preload={name}" for name in self.preload),
             *(f"--chaos={spec}" for spec in self.chaos),
             *self.launch_args,
             str(self.script),
             *self.script_args,
         ]
         own = {MARKER: self._job, "TMPDIR": str(self._temp), "OMP_NUM_THREADS": "1"}
+        own["DS_ACCELERATOR"] = "cpu"  # as the scripts say, but later than --preload
         # torch makes this folder when imported, and means to keep it.
         own["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "inductor")
         with self.output_file.open("ab") as output:

@@ -57,6 +57,7 @@ class AgentSpec:
 
     num_ranks: int
     num_standbys: int
+    preload: tuple[str, ...]
     max_restarts: int | None
     script: str
     args: tuple[str, ...]
@@ -102,7 +103,9 @@ class Agent:
         for number in spec.signals:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
                 self._loop.add_signal_handler(number, self._on_signal, number)
-        self._force = Workforce(self._loop, self, spec.entry_module, spec.run_dir)
+        self._force = Workforce(
+            self._loop, self, spec.entry_module, spec.run_dir, spec.preload
+        )
 
     @property
     def board(self) -> Board | None:

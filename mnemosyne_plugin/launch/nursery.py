@@ -34,14 +34,19 @@ _FD, _AGENT = "MNEMOSYNE_NURSERY_FD", "MNEMOSYNE_AGENT_PID"
 class Nursery:
     """The agent's handle of a nursery process.
 
-    Starts it at construction; it becomes warm when it has imported torch and
-    ``modules``, and says so with the message ``warm`` on ``channel``. Its answers to
-    ``fork`` are ``forked`` messages. Must be made by the agent's main thread, since
+    Starts it at construction; it becomes warm when it has imported torch, what the
+    user ``wanted``, which must be there, and what it can of ``modules``, and says so
+    with the message ``warm`` on ``channel``. Its answers to ``fork`` are ``forked``
+    messages. Must be made by the agent's main thread, since
     the nursery dies with the thread that made it.
     """
 
     def __init__(
-        self, entry_module: str, run_dir: str, modules: Sequence[str] = ()
+        self,
+        entry_module: str,
+        run_dir: str,
+        wanted: Sequence[str] = (),
+        modules: Sequence[str] = (),
     ) -> None:
         self.channel, theirs = Channel.pair()
         self.modules = tuple(modules)
@@ -69,7 +74,7 @@ runpy.run_module({entry_module!r}, run_name="__main__", alter_sys=True)
         self.pid = process.pid
         # The agent reaps all its children itself; without this, Popen complains.
         process.returncode = 0
-        self.channel.send("warm_up", modules=self.modules)
+        self.channel.send("warm_up", wanted=wanted, modules=self.modules)
 
     def fork(self, order: dict[str, Any]) -> Channel:
         """Ask for a worker; return the channel to it."""
@@ -101,9 +106,12 @@ def main(on_phase: OnPhase | None = None) -> None:
     request = channel.receive()
     if request is None:
         return
+    for name in request["wanted"]:
+        importlib.import_module(name)
+    if not is_safe_to_fork():
+        names = ", ".join(["torch", *request["wanted"]])
+        raise RuntimeError(f"importing {names} started a thread: no worker can fork")
     culprit = preload(request["modules"])
-    if culprit is None and not is_safe_to_fork():
-        raise RuntimeError("importing torch started a thread: workers cannot be forked")
     # Nor do workers look at it ever again: each would copy the pages by that.
     gc.freeze()
     channel.send("warm", culprit=culprit)

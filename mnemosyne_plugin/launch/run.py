@@ -46,6 +46,13 @@ def get_parser() -> argparse.ArgumentParser:
         help="Warm spare workers on each node.",
     )
     ours.add_argument(
+        "--preload",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Import it once per node, in front of the script, for all its workers.",
+    )
+    ours.add_argument(
         "--run-dir",
         "--run_dir",
         metavar="DIR",
@@ -155,6 +162,7 @@ def _agent_spec(
     return AgentSpec(
         num_ranks=config.nproc_per_node,
         num_standbys=args.standby,
+        preload=tuple(args.preload),
         max_restarts=args.max_restarts,
         script=args.training_script,
         args=tuple(args.training_script_args),

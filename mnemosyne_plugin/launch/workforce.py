@@ -92,11 +92,13 @@ class Workforce:
         owner: Owner,
         entry_module: str,
         run_dir: str,
+        preload: Sequence[str] = (),
     ) -> None:
         self._loop = loop
         self._owner = owner
         self._entry_module = entry_module
         self._run_dir = run_dir
+        self._wanted = tuple(preload)
         self.workers: dict[int, Worker] = {}
         self._order: dict[str, Any] = {}
         self._first_id = 0
@@ -223,7 +225,7 @@ class Workforce:
     # --- nurseries ----------------------------------------------------------------
 
     def _start_nursery(self, modules: Sequence[str]) -> Nursery:
-        nursery = Nursery(self._entry_module, self._run_dir, modules)
+        nursery = Nursery(self._entry_module, self._run_dir, self._wanted, modules)
         self._nurseries[nursery.pid] = nursery
         self._watch(nursery.channel, self._on_nursery_message, nursery)
         return nursery

@@ -24,6 +24,7 @@ class Configuration:
     dtype: str
 
     script: ClassVar[Path] = Path(__file__).with_name("train.py")
+    preload: ClassVar[tuple[str, ...]] = ("torch._dynamo", "deepspeed")
     world_size: ClassVar[int] = 4
     all_phases: ClassVar[tuple[str, ...]] = PHASES
 

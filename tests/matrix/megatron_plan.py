@@ -26,6 +26,7 @@ class Configuration:
     """Gradients are reduced, and parameters gathered, while the model runs."""
     all_phases: ClassVar[tuple[str, ...]] = PHASES
     script: ClassVar[Path] = Path(__file__).with_name("megatron_train.py")
+    preload: ClassVar[tuple[str, ...]] = ("torch._dynamo",)
 
     @property
     def name(self) -> str:

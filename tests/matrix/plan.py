@@ -25,6 +25,9 @@ class Configuration(Protocol):
     def script(self) -> Path: ...
 
     @property
+    def preload(self) -> tuple[str, ...]: ...
+
+    @property
     def script_args(self) -> list[str]: ...
 
     def files(self, folder: Path) -> list[str]:

@@ -162,6 +162,7 @@ class Runs:
         return LocalCluster(
             folder=folder,
             script=configuration.script,
+            preload=configuration.preload,
             script_args=[
                 *configuration.script_args,
                 *configuration.files(folder),

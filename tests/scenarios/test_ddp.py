@@ -28,6 +28,7 @@ def test_ddp_survives_kills_and_an_abort_bit_for_bit(
             script=script,
             script_args=[f"--steps={STEPS}", f"--loss-log={folder / 'losses.txt'}"],
             chaos=chaos,
+            preload=["torch._dynamo"],
         )
 
     healthy = job_in(tmp_path / "healthy", [])

@@ -390,6 +390,28 @@ def test_standbys_start_with_the_modules_that_the_script_imports(
     job.check_nothing_is_left()
 
 
+def test_a_preloaded_module_is_there_before_the_script(launch: Launch) -> None:
+    source = "import sys; print('there', 'wave' in sys.modules, flush=True)"
+    job = launch(source, "--preload=json", "--preload=wave", procs_per_agent=1)
+    assert job.wait() == [0], job.output()
+    assert "there True" in job.output()
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [("missing", "ModuleNotFoundError"), ("busy", "importing torch, busy started")],
+)
+def test_what_cannot_be_preloaded_ends_the_job(
+    launch: Launch, tmp_path: Path, module: str, reason: str
+) -> None:
+    busy = "import threading; threading.Thread(target=threading.Event().wait,"
+    (tmp_path / "busy.py").write_text(busy + " daemon=True).start()")
+    job = launch("", f"--preload={module}", procs_per_agent=1)
+    assert job.wait(20) == [3], job.output()
+    assert reason in job.output()
+    job.check_nothing_is_left()
+
+
 def test_a_nursery_that_dies_is_replaced(launch: Launch) -> None:
     job = launch(TRAIN + "manager.wait_for_epoch(3)", num_standbys=0)
     job.wait_for_events("protected", 2)

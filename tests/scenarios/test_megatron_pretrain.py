@@ -45,6 +45,7 @@ def pretrain(
         script_args=[*ARGUMENTS, f"--train-iters={ITERATIONS}", *args],
         procs_per_agent=4,
         chaos=chaos,
+        preload=["torch._dynamo"],
         env={
             "LOSS_LOG": str(folder / "losses.txt"),
             "PYTHONPATH": os.pathsep.join(filter(None, path)),

@@ -82,6 +82,7 @@ def test_an_unmodified_script_survives(
             script_args=[*args, log, f"--deepspeed_config={config}"],
             procs_per_agent=NUM_RANKS,
             chaos=chaos,
+            preload=[],
             env={"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"},
         )
 
