@@ -38,7 +38,8 @@ class Nursery:
     user ``wanted``, which must be there, and what it can of ``modules``, and says so
     with the message ``warm`` on ``channel``. Its answers to ``fork`` are ``forked``
     messages. Must be made by the agent's main thread, since
-    the nursery dies with the thread that made it.
+    the nursery dies with the thread that made it. With a ``parent`` it is a fork of
+    that one, which has imported most already; its pid is 0 until it is warm.
     """
 
     def __init__(
@@ -47,14 +48,28 @@ class Nursery:
         run_dir: str,
         wanted: Sequence[str] = (),
         modules: Sequence[str] = (),
+        parent: "Nursery | None" = None,
     ) -> None:
         self.channel, theirs = Channel.pair()
         self.modules = tuple(modules)
         self.is_warm = False
+        self.pid = 0
+        try:
+            if parent is not None:
+                parent.channel.send("branch", fds=[theirs.fileno()])
+            else:
+                self.pid = self._start(entry_module, run_dir, theirs)
+        finally:
+            theirs.close()
+        self.channel.send("warm_up", wanted=wanted, modules=self.modules)
+
+    @staticmethod
+    def _start(entry_module: str, run_dir: str, channel: Channel) -> int:
+        """Start the process at the other end of the channel; return its pid."""
         env = os.environ | {
             "MNEMOSYNE_WORKER": "1",
             "MNEMOSYNE_RUN_DIR": run_dir,
-            _FD: str(theirs.fileno()),
+            _FD: str(channel.fileno()),
             _AGENT: str(os.getpid()),
         }
         # Without the current folder on the path: whatever lies there is for the script.
@@ -65,16 +80,12 @@ if not getattr(sys.flags, "safe_path", False):
 runpy.run_module({entry_module!r}, run_name="__main__", alter_sys=True)
 """
         command = [sys.executable, "-u", "-c", start]
-        try:
-            process = subprocess.Popen(
-                command, env=env, pass_fds=[theirs.fileno()], start_new_session=True
-            )
-        finally:
-            theirs.close()
-        self.pid = process.pid
+        process = subprocess.Popen(
+            command, env=env, pass_fds=[channel.fileno()], start_new_session=True
+        )
         # The agent reaps all its children itself; without this, Popen complains.
         process.returncode = 0
-        self.channel.send("warm_up", wanted=wanted, modules=self.modules)
+        return process.pid
 
     def fork(self, order: dict[str, Any]) -> Channel:
         """Ask for a worker; return the channel to it."""
@@ -99,13 +110,24 @@ def main(on_phase: OnPhase | None = None) -> None:
     gc.disable()
     agent_pid = int(os.environ.pop(_AGENT))
     die_with_parent(agent_pid)
-    channel = Channel(int(os.environ.pop(_FD)))
+    channel: Channel | None = Channel(int(os.environ.pop(_FD)))
     from mnemosyne_plugin.launch import worker
 
     worker.import_runtime()
+    while channel is not None:
+        channel = _serve(channel, agent_pid, on_phase)
+
+
+def _serve(
+    channel: Channel, agent_pid: int, on_phase: OnPhase | None
+) -> Channel | None:
+    """Warm up, then fork until the agent closes the channel.
+
+    Returns in a fork too, if that is to be a nursery: the channel that it is to serve.
+    """
     request = channel.receive()
     if request is None:
-        return
+        return None
     for name in request["wanted"]:
         importlib.import_module(name)
     if not is_safe_to_fork():
@@ -114,20 +136,27 @@ def main(on_phase: OnPhase | None = None) -> None:
     culprit = preload(request["modules"])
     # Nor do workers look at it ever again: each would copy the pages by that.
     gc.freeze()
-    channel.send("warm", culprit=culprit)
+    channel.send("warm", culprit=culprit, pid=os.getpid())
     while (request := channel.receive()) is not None:
-        order, fd = request["order"], channel.take_fd()
-        pid = _fork(agent_pid)
+        fd, pid = channel.take_fd(), _fork(agent_pid)
         if pid == 0:
             channel.close()
+            if request["kind"] == "branch":
+                os.setsid()
+                return Channel(fd)
             gc.enable()
             _reseed()
-            sys.exit(worker.main(order, Channel(fd), on_phase))
+            from mnemosyne_plugin.launch import worker
+
+            sys.exit(worker.main(request["order"], Channel(fd), on_phase))
         os.close(fd)
-        try:
-            channel.send("forked", worker_id=order["worker_id"], pid=pid)
-        except PeerLost:
-            return
+        if request["kind"] == "fork":
+            try:
+                worker_id = request["order"]["worker_id"]
+                channel.send("forked", worker_id=worker_id, pid=pid)
+            except PeerLost:
+                return None
+    return None
 
 
 def _fork(agent_pid: int) -> int:

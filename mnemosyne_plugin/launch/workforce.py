@@ -134,13 +134,15 @@ class Workforce:
         """Have later workers, and standbys, start with these modules imported."""
         if not self._knows_modules:
             self._knows_modules = True
-            self._warming = self._start_nursery(modules)
+            self._warm(modules)
 
     def disband(self) -> None:
         """Start no more workers; those that live are the caller's to end."""
         self._is_disbanded = True
         for pid in self._nurseries:
             os.kill(pid, signal.SIGKILL)
+        for nursery in self._unborn():
+            self._unwatch(nursery.channel)
         for worker in list(self.workers.values()):
             if not worker.pid:  # if it exists, it sees EOF; ``close`` sees to it
                 self._unwatch(worker.channel)
@@ -175,7 +177,7 @@ class Workforce:
                 self._on_nursery_exit(self._nurseries.pop(pid), exit_code)
             elif worker is not None:
                 self._on_worker_exit(worker, exit_code)
-            elif any(not w.pid for w in self.workers.values()):
+            elif self._unborn() or any(not w.pid for w in self.workers.values()):
                 self._unclaimed[pid] = exit_code
 
     # --- workers ------------------------------------------------------------------
@@ -224,6 +226,24 @@ class Workforce:
 
     # --- nurseries ----------------------------------------------------------------
 
+    def _warm(self, modules: Sequence[str]) -> None:
+        """Make a nursery with these modules out of the one that there is."""
+        if self._nursery is None or self._is_disbanded:
+            return
+        try:
+            self._warming = Nursery(
+                *(self._entry_module, self._run_dir, self._wanted, modules),
+                parent=self._nursery,
+            )
+        except PeerLost:
+            return  # the other one is gone: standbys stay cold
+        self._watch(self._warming.channel, self._on_nursery_message, self._warming)
+
+    def _unborn(self) -> Sequence[Nursery]:
+        """Return the nursery that is warming, if its pid is not known."""
+        warming = self._warming
+        return [] if warming is None or warming.pid else [warming]
+
     def _start_nursery(self, modules: Sequence[str]) -> Nursery:
         nursery = Nursery(self._entry_module, self._run_dir, self._wanted, modules)
         self._nurseries[nursery.pid] = nursery
@@ -237,6 +257,11 @@ class Workforce:
         nursery.is_warm = True
         if nursery is self._warming:
             self._warming = None
+            nursery.pid = message["pid"]
+            if self._unclaimed.pop(nursery.pid, None) is not None:
+                self._unwatch(nursery.channel)  # dead again: standbys stay cold
+                return
+            self._nurseries[nursery.pid] = nursery
             if message["culprit"] is None:
                 self._move_to(nursery)
             else:
@@ -270,8 +295,7 @@ class Workforce:
         self._unwatch(nursery.channel)
         self._num_nurseries_lost += 1
         if self._num_nurseries_lost < NURSERY_LIMIT:
-            modules = [name for name in nursery.modules if name != culprit]
-            self._warming = self._start_nursery(modules)
+            self._warm([name for name in nursery.modules if name != culprit])
 
     def _close_if_idle(self, nursery: Nursery) -> None:
         """End a nursery that was replaced, once it has forked all it was asked for."""
@@ -322,6 +346,9 @@ class Workforce:
                 message = channel.receive(0)
                 if message is None:  # its exit is what counts, and is seen by itself
                     self._loop.remove_reader(channel)
+                    if who in self._unborn():
+                        self._warming = None
+                        channel.close()
                     return
                 handle(who, message)
             except TimeoutError:

@@ -425,6 +425,23 @@ def test_a_nursery_that_dies_is_replaced(launch: Launch) -> None:
     job.check_nothing_is_left()
 
 
+def test_a_warm_nursery_that_dies_is_replaced(launch: Launch) -> None:
+    source = TRAIN + "manager.tell_modules(['wave'])\nmanager.wait_for_epoch(3)"
+    job = launch(source, num_standbys=1)
+    job.wait_for_events("worker_ready", 4)  # the fourth is the warm standby
+    job.wait_for_events("protected", 2)
+    others = {e.fields["pid"] for e in job.events("worker_ready")}
+    others.add(job.agents[0].pid)
+    job.wait_until(lambda job: len(set(job.processes()) - others) == 1)
+    (nursery,) = set(job.processes()) - others
+    os.kill(nursery, signal.SIGKILL)
+    for count in (1, 2):
+        job.kill(1)
+        job.wait_for_events("seated", 2 + count)
+    assert job.wait() == [0], job.output()
+    job.check_nothing_is_left()
+
+
 def test_a_job_that_may_replace_nobody_ends_and_names_the_checkpoint(
     launch: Launch,
 ) -> None:
