@@ -116,7 +116,7 @@ def test_every_file_is_named_after_what_it_holds() -> None:
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(CSRC)))
 def test_cpp_includes_go_down_only(path: Path) -> None:
-    folder = path.parent.name
+    folder = path.relative_to(CSRC).parts[0]
     for quote, name in re.findall(r'^#include ([<"])([^>"]+)', path.read_text(), re.M):
         if quote == "<":
             foreign = re.match(r"(torch|ATen|c10|pybind11|Python\.h)", name)

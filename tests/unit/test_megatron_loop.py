@@ -40,6 +40,9 @@ def megatron_at(iteration: int) -> SimpleNamespace:
         iteration=iteration,
         consumed_train_samples=8 * iteration,
         skipped_train_samples=0,
+        consumed_valid_samples=0,
+        train_iters=10,
+        do_valid=False,
         num_floating_point_operations_so_far=1000 * iteration,
     )
     return SimpleNamespace(
