@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <random>
 #include <thread>
@@ -62,8 +63,7 @@ uint64_t readRecords(Shared& shared, uint64_t count) {
     const auto want = payloadOf(index, kMaxPayloadBytes);
     EXPECT(record->index == index);
     EXPECT(record->opcode == (index & 0xfff));
-    EXPECT(record->payload.size() == want.size());
-    EXPECT(std::memcmp(record->payload.data(), want.data(), want.size()) == 0);
+    EXPECT(std::ranges::equal(record->payload, want));
     reader.release();
   }
   return index;
