@@ -279,9 +279,10 @@ void Connection::watch(std::shared_ptr<Server> server) {
     const auto lost = static_cast<uint32_t>(ReplyState::kLost);
     uint32_t state = reply.state.load();
     while (state != static_cast<uint32_t>(ReplyState::kDone) && state != lost) {
-      if (reply.state.compare_exchange_weak(state, lost))
-        futexWakeAll(&reply.state);
+      reply.state.compare_exchange_weak(state, lost);
     }
+    // Done as well: the server may have died between its answer and its wake.
+    futexWakeAll(&reply.state);
   }
 }
 

@@ -56,8 +56,11 @@ void pauseSpin() {
 
 void RingControl::close() {
   closed.store(1);
-  wake(&reader_sleeps);
-  wake(&writer_sleeps);
+  // Always: the side that died may have cleared the word and not woken yet.
+  for (auto* word : {&reader_sleeps, &writer_sleeps}) {
+    word->store(0);
+    futexWakeAll(word);
+  }
 }
 
 RingWriter::RingWriter(RingControl* control, std::byte* data, size_t size_bytes)

@@ -102,6 +102,19 @@ TEST(closing_wakes_both_sides) {
   writer.join();
 }
 
+// What a reader leaves behind that is killed between its two steps of a wake.
+TEST(closing_wakes_a_side_whose_peer_died_while_waking_it) {
+  for (int round = 0; round < 200; ++round) {
+    Shared full;
+    std::thread writer([&] { writeRecords(full, 1000); });
+    auto& sleeps = full.control()->writer_sleeps;
+    while (sleeps.load() == 0) std::this_thread::yield();
+    sleeps.store(0);
+    full.control()->close();
+    writer.join();
+  }
+}
+
 TEST(a_record_with_an_impossible_size_is_refused) {
   for (const uint32_t size :
        {8u, 17u, static_cast<uint32_t>(kBytes) + 16, 4096u}) {
