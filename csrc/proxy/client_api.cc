@@ -42,18 +42,26 @@ MNEMOSYNE_EXPORT int mnemosyne_proxy_error() {
   return Connection::instance().error();
 }
 
-// Takes note of the loss: a new server, with all memory at its old addresses
-// and nothing in it. Returns 0 or an error of CUDA.
+// Takes note of the loss: a new server, with all memory at its old addresses,
+// full of what is NaN in every format. Returns 0 or an error of CUDA.
 MNEMOSYNE_EXPORT int mnemosyne_proxy_recover(int timeout_ms) {
-  const char* poison = std::getenv("MNEMOSYNE_PROXY_POISON");
-  return Connection::instance().recover(timeout_ms,
-                                        poison != nullptr && poison[0] == '1');
+  return Connection::instance().recover(timeout_ms);
 }
 
 MNEMOSYNE_EXPORT void mnemosyne_proxy_kill() { Connection::instance().kill(); }
 
 MNEMOSYNE_EXPORT int mnemosyne_proxy_server_pid() {
   return Connection::instance().serverPid();
+}
+
+// For how many seconds some thread has been waiting for the server.
+MNEMOSYNE_EXPORT double mnemosyne_proxy_waiting_seconds() {
+  return Connection::instance().waitingSeconds();
+}
+
+// An eventfd that becomes readable when a server is lost.
+MNEMOSYNE_EXPORT int mnemosyne_proxy_lost_fd() {
+  return Connection::instance().lostFd();
 }
 
 // How many servers there were.

@@ -10,7 +10,7 @@ namespace mnemosyne::proxy {
 namespace {
 
 struct Comm {
-  uint32_t id = nextId();
+  std::atomic<uint32_t> id = nextId();
   int num_ranks = 0;
   int rank = 0;
   NcclUniqueId first_id{};  // the same in all its ranks, and never another's
@@ -32,16 +32,25 @@ void forget(Comm* comm) {
 
 int init(Comm* comm, const NcclUniqueId& unique_id) {
   auto& connection = Connection::instance();
+  const uint32_t id = comm->id;
+  comm->generation = connection.generation();  // from now on it can be aborted
   const int result = connection.call(CommandWriter(kNcclInit)
-                                         .put(comm->id)
+                                         .put(id)
                                          .put(comm->num_ranks)
                                          .put(unique_id)
                                          .put(comm->rank));
-  if (result != 0) {
-    return connection.isUsable() ? result : int{kNcclUnhandledCudaError};
-  }
-  comm->generation = connection.generation();
-  return 0;
+  if (result == 0) return 0;
+  comm->generation = 0;
+  return connection.isUsable() ? result : int{kNcclUnhandledCudaError};
+}
+
+// Ends whatever waits for its peers. Not by the ring, which may stand still
+// behind this very communicator.
+void abortIfOpen(Comm& comm) {
+  auto& connection = Connection::instance();
+  if (comm.generation.exchange(0) != connection.generation()) return;
+  connection.tell({Control::kAbortComm, comm.id});
+  comm.id = nextId();  // the abort may still be under way
 }
 
 int create(void** made, int num_ranks, const NcclUniqueId& unique_id,
@@ -50,10 +59,14 @@ int create(void** made, int num_ranks, const NcclUniqueId& unique_id,
   comm->num_ranks = num_ranks;
   comm->rank = rank;
   comm->first_id = unique_id;
-  if (const int result = init(comm.get(), unique_id); result != 0)
+  {
+    std::lock_guard<std::mutex> lock(comms_mutex);
+    comms().push_back(comm.get());
+  }
+  if (const int result = init(comm.get(), unique_id); result != 0) {
+    forget(comm.get());
     return result;
-  std::lock_guard<std::mutex> lock(comms_mutex);
-  comms().push_back(comm.get());
+  }
   *made = comm.release();
   return 0;
 }
@@ -129,7 +142,7 @@ MNEMOSYNE_EXPORT int ncclCommDestroy(void* comm) {
   auto& connection = Connection::instance();
   forget(commOf(comm));
   if (connection.isUsable()) {
-    connection.call(CommandWriter(kNcclDestroy).put(commOf(comm)->id));
+    connection.call(CommandWriter(kNcclDestroy).put(commOf(comm)->id.load()));
   }
   delete commOf(comm);
   return 0;
@@ -137,8 +150,7 @@ MNEMOSYNE_EXPORT int ncclCommDestroy(void* comm) {
 
 MNEMOSYNE_EXPORT int ncclCommAbort(void* comm) {
   forget(commOf(comm));
-  // Not by the ring, which may stand still behind this very communicator.
-  Connection::instance().tell({Control::kAbortComm, commOf(comm)->id});
+  abortIfOpen(*commOf(comm));
   delete commOf(comm);
   return 0;
 }
@@ -179,11 +191,23 @@ MNEMOSYNE_EXPORT int mnemosyne_proxy_comms(void** handles, int* num_ranks,
 // id. One that still lives here is aborted first. Returns an ncclResult_t.
 MNEMOSYNE_EXPORT int mnemosyne_proxy_reinit_comm(void* comm,
                                                  const NcclUniqueId* id) {
-  auto& connection = Connection::instance();
-  Comm& record = *commOf(comm);
-  if (record.generation.exchange(0) == connection.generation()) {
-    connection.tell({Control::kAbortComm, record.id});
-    record.id = nextId();  // the abort may still be under way
+  abortIfOpen(*commOf(comm));
+  return init(commOf(comm), *id);
+}
+
+// Has nobody wait for other ranks any more: all communicators are aborted, and
+// refuse everything until they are made anew. Any thread.
+MNEMOSYNE_EXPORT void mnemosyne_proxy_abort_comms() {
+  std::lock_guard<std::mutex> lock(comms_mutex);
+  for (Comm* comm : comms()) abortIfOpen(*comm);
+}
+
+// What is wrong with any communicator, an ncclResult_t. Errors of peers and of
+// the network are no errors of the device, so nothing else tells them.
+MNEMOSYNE_EXPORT int mnemosyne_proxy_comm_error() {
+  {
+    std::lock_guard<std::mutex> lock(comms_mutex);
+    if (comms().empty()) return 0;
   }
-  return init(&record, *id);
+  return Connection::instance().call(CommandWriter(kNcclErrors));
 }

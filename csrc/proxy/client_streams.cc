@@ -65,6 +65,11 @@ class Event final : public Handle {
            connection().segment()->events_reached[id()].load() < count_;
   }
 
+  // Its time went with a lost server.
+  bool hasLostTime() const {
+    return recorded_in_ != 0 && recorded_in_ != connection().generation();
+  }
+
   int query() {
     if (!isPending()) return 0;
     // Records on two streams may raise the counter in another order than they
@@ -238,7 +243,10 @@ MNEMOSYNE_EXPORT int cudaEventSynchronize(void* event) {
 MNEMOSYNE_EXPORT int cudaEventElapsedTime(float* milliseconds, void* from,
                                           void* to) {
   *milliseconds = 0;
-  if (onlyBooks()) return 0;
+  if (onlyBooks() || eventOf(from)->hasLostTime() ||
+      eventOf(to)->hasLostTime()) {
+    return 0;
+  }
   Answer answer{milliseconds, sizeof *milliseconds};
   return report(Connection::instance().call(CommandWriter(kElapsedTime)
                                                 .put(eventOf(from)->id())

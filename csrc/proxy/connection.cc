@@ -6,13 +6,16 @@
 #include <pthread.h>
 #include <signal.h>
 #include <spawn.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -77,6 +80,25 @@ std::vector<std::string> serverEnvironment(uint64_t generation) {
   return variables;
 }
 
+int64_t nowNs() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::nanoseconds(now).count();
+}
+
+// Notes when a wait began, until it is over.
+class Waiting {
+ public:
+  explicit Waiting(std::atomic<int64_t>& since) : since_(since) {
+    since_.store(nowNs(), std::memory_order_relaxed);
+  }
+  ~Waiting() { since_.store(0, std::memory_order_relaxed); }
+  Waiting(const Waiting&) = delete;
+  Waiting& operator=(const Waiting&) = delete;
+
+ private:
+  std::atomic<int64_t>& since_;
+};
+
 std::vector<char*> pointers(std::vector<std::string>& strings) {
   std::vector<char*> all;
   for (auto& string : strings) all.push_back(string.data());
@@ -95,8 +117,13 @@ Connection& Connection::instance() {
                    [] { instance().mutex_.unlock(); },
                    [] {
                      auto& child = instance();
-                     if (child.state_ != State::kOff)
+                     // One that only counts devices leaves the child free to
+                     // use one.
+                     if (child.is_attached_) {
                        child.state_ = State::kChild;
+                     } else {
+                       child.forgetServer();
+                     }
                      child.mutex_.unlock();
                    });
     return made;
@@ -199,6 +226,7 @@ int Connection::launch(int timeout_ms) {
   // Nothing of an earlier server is left: it has ended, and so wrote its last.
   segment_->fault = 0;
   segment_->late_error = 0;
+  segment_->comm_error = 0;
   segment_->ring.written = 0;
   segment_->ring.read = 0;
   segment_->ring.reader_sleeps = 0;
@@ -256,7 +284,10 @@ int Connection::launch(int timeout_ms) {
   }
   num_devices_ = hello.num_devices;
   driver_version_ = hello.driver_version;
-  server_ = server;
+  {
+    std::lock_guard<std::mutex> lock_server(server_mutex_);
+    server_ = server;
+  }
   pid_ = server->pid;
   is_lost_ = false;
   generation_ = generation;
@@ -272,6 +303,7 @@ void Connection::watch(std::shared_ptr<Server> server) {
   const int fault = segment_->fault;
   error_ = fault != 0 ? fault : int{kCudaLaunchFailure};
   is_lost_ = true;
+  if (const int fd = lost_fd_; fd >= 0) eventfd_write(fd, 1);
   State healthy = State::kHealthy;
   state_.compare_exchange_strong(healthy, State::kLost);
   segment_->ring.close();
@@ -325,6 +357,7 @@ void Connection::need(Handle* handle) {
 int Connection::submit(const CommandWriter& command, uint16_t reply) {
   num_commands_.fetch_add(1, std::memory_order_relaxed);
   num_bytes_.fetch_add(command.payload().size(), std::memory_order_relaxed);
+  const Waiting waiting(waits_[kNumReplies]);
   if (!ring_->put(command.opcode(), reply, command.payload()) || is_lost_) {
     return error_ != 0 ? error_.load() : int{kCudaLaunchFailure};
   }
@@ -371,6 +404,7 @@ void Connection::giveSlot(uint16_t slot) {
 
 // Waits for the answer in `slot`, and frees it.
 int Connection::await(uint16_t slot, Answer* answer) {
+  const Waiting waiting(waits_[slot]);
   Reply& reply = segment_->replies[slot];
   const auto pending = static_cast<uint32_t>(ReplyState::kPending);
   const auto awaited = static_cast<uint32_t>(ReplyState::kAwaited);
@@ -436,27 +470,63 @@ void Connection::fail(int error, const std::string& message) {
   std::fprintf(stderr, "mnemosyne: device proxy: %s\n", message.c_str());
 }
 
+double Connection::waitingSeconds() const {
+  const int64_t now = nowNs();
+  int64_t first = now;
+  for (const auto& began : waits_) {
+    if (const int64_t at = began; at != 0) first = std::min(first, at);
+  }
+  return static_cast<double>(now - first) * 1e-9;
+}
+
+int Connection::lostFd() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (lost_fd_ < 0) lost_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (is_lost_) eventfd_write(lost_fd_, 1);
+  return lost_fd_;
+}
+
+// In a fork: the server and the mappings are the parent's.
+void Connection::forgetServer() {
+  if (state_ == State::kOff) return;
+  new (&watcher_) std::thread;  // the other one does not exist here
+  server_.reset();
+  ring_.reset();
+  if (segment_ != nullptr) {
+    munmap(segment_, kSegmentBytes);
+    munmap(reinterpret_cast<void*>(kDeviceBase), kDeviceBytes);
+  }
+  segment_ = nullptr;
+  segment_fd_.reset();
+  pid_ = 0;
+  error_ = 0;
+  is_lost_ = false;
+  if (const int fd = lost_fd_.exchange(-1); fd >= 0) close(fd);
+  state_ = State::kOff;
+}
+
 std::string Connection::message() {
   std::lock_guard<std::mutex> lock(message_mutex_);
   return message_;
 }
 
 void Connection::tell(ControlMessage message) {
-  std::shared_ptr<Server> server;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    server = server_;
-  }
+  const auto server = currentServer();
   if (server == nullptr) return;
   send(server->control.get(), &message, sizeof message, MSG_NOSIGNAL);
 }
 
 void Connection::kill() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (server_ != nullptr) server_->endNow();
+  if (const auto server = currentServer()) server->endNow();
 }
 
-int Connection::recover(int timeout_ms, bool poison) {
+// Without the ring's lock: its holder may be waiting for this very server.
+std::shared_ptr<Connection::Server> Connection::currentServer() {
+  std::lock_guard<std::mutex> lock(server_mutex_);
+  return server_;
+}
+
+int Connection::recover(int timeout_ms) {
   if (state_ == State::kOff || state_ == State::kChild)
     return kCudaNotInitialized;
   const State before = state_.exchange(State::kRestoring);
@@ -474,7 +544,7 @@ int Connection::recover(int timeout_ms, bool poison) {
   const bool was_attached = std::exchange(is_attached_, false);
   int error = launch(timeout_ms);
   if (error == 0 && was_attached) error = attach();
-  if (error == 0 && was_attached) error = restoreMemory(poison);
+  if (error == 0 && was_attached) error = restoreMemory();
   if (error != 0) {
     state_ = State::kFailed;
     return error;
@@ -485,7 +555,7 @@ int Connection::recover(int timeout_ms, bool poison) {
   return 0;
 }
 
-int Connection::restoreMemory(bool poison) {
+int Connection::restoreMemory() {
   for (const Block& block : host_space.blocks()) {
     const auto command =
         CommandWriter(kMapHost).put(block.address).put(block.size_bytes);
@@ -499,7 +569,7 @@ int Connection::restoreMemory(bool poison) {
     const auto command = CommandWriter(kMapMemory)
                              .put(block.address)
                              .put(block.size_bytes)
-                             .put(static_cast<uint8_t>(poison));
+                             .put(uint8_t{1});
     if (const int error = callLocked(command); error != 0) {
       fail(error, "the new server cannot map " +
                       std::to_string(block.size_bytes) +
@@ -507,7 +577,8 @@ int Connection::restoreMemory(bool poison) {
       return error;
     }
   }
-  return 0;
+  // In front of what streams do that do not wait for the default one.
+  return callLocked(CommandWriter(kSyncDevice));
 }
 
 void Connection::shutdown() {

@@ -10,6 +10,7 @@
 
 #include <sys/types.h>
 
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -99,15 +100,20 @@ class Connection {
   std::mutex& mutex() { return mutex_; }
 
   // Starts a new server for the lost one (a healthy one is ended first) and
-  // maps all memory. Returns 0 or the error; message() says more. `poison`:
-  // fresh memory is filled with 0xEE, so that what nobody restores is found.
-  int recover(int timeout_ms, bool poison);
+  // maps all memory, full of NaN. Returns 0 or the error; message() says more.
+  int recover(int timeout_ms);
   // Ends the server, which makes the device lost: for one that hangs.
   void kill();
   void shutdown();
 
   // Says something beside the ring.
   void tell(ControlMessage message);
+
+  // How long the longest wait for the server that is in progress has taken.
+  double waitingSeconds() const;
+
+  // An eventfd that becomes readable when a server is lost; the caller reads it.
+  int lostFd();
 
   State state() const { return state_.load(); }
   bool isUsable() const { return state_.load() == State::kHealthy; }
@@ -140,8 +146,10 @@ class Connection {
   int launch(int timeout_ms);
   int attach();
   int prepare(uint16_t opcode, std::initializer_list<Handle*> needs);
-  int restoreMemory(bool poison);
+  int restoreMemory();
   void fail(int error, const std::string& message);
+  void forgetServer();
+  std::shared_ptr<Server> currentServer();
   void watch(std::shared_ptr<Server> server);
   int submit(const CommandWriter& command, uint16_t reply);
   int await(uint16_t slot, Answer* answer);
@@ -151,7 +159,8 @@ class Connection {
 
   std::mutex mutex_;  // of the ring's end for writing, and of the server
   std::unique_ptr<RingWriter> ring_;
-  std::shared_ptr<Server> server_;
+  std::mutex server_mutex_;
+  std::shared_ptr<Server> server_;  // set with both locks
   std::thread watcher_;
   Fd segment_fd_;
   SegmentHead* segment_ = nullptr;
@@ -163,6 +172,10 @@ class Connection {
   std::atomic<State> state_{State::kOff};
   std::atomic<bool> is_lost_{false};  // the server of this generation has ended
   std::atomic<int> error_{0};
+  std::atomic<int> lost_fd_{-1};
+  // When each wait in progress began, in ns of the steady clock; 0: none. The
+  // last is that for room in the ring.
+  std::array<std::atomic<int64_t>, kNumReplies + 1> waits_{};
   std::atomic<pid_t> pid_{0};
   std::atomic<uint64_t> generation_{0};
   std::atomic<uint64_t> num_commands_{0}, num_calls_{0}, num_bytes_{0};

@@ -50,6 +50,8 @@ struct SegmentHead {
   std::atomic<int32_t> fault;
   // The first error of a command that nobody waited for; taken by the client.
   std::atomic<int32_t> late_error;
+  // An ncclResult_t that no error of the device explains. Set by the server.
+  std::atomic<int32_t> comm_error;
   RingControl ring;
   alignas(4096) Reply replies[kNumReplies];
   // Times that an event was reached, in the count of its records. Written by
@@ -71,7 +73,7 @@ enum Opcode : uint16_t {
   kDeviceAttribute,     // attribute, device = int
   kDevicePciBusId,      // device = text
   kDeviceUuid,          // device = 16 bytes
-  kMapMemory,           // address, size, poison =
+  kMapMemory,           // address, size, whether its contents were lost =
   kUnmapMemory,         // address, size
   kMapHost,             // address, size =
   kUnmapHost,           // address
@@ -111,6 +113,7 @@ enum Opcode : uint16_t {
   kNcclDestroy,     // comm =
   kNcclGroupStart,  //
   kNcclGroupEnd,    //
+  kNcclErrors,      // = what is wrong with any communicator
 };
 
 struct AttachReply {

@@ -7,8 +7,6 @@
 #include <cstring>
 
 namespace mnemosyne::proxy {
-namespace {
-
 // After these "the process must be terminated and relaunched" (driver_types.h),
 // or the device needs more than that.
 bool endsDevice(int code) {
@@ -35,8 +33,6 @@ bool endsDevice(int code) {
       return false;
   }
 }
-
-}  // namespace
 
 void Responder::answer(int result, const void* data, size_t size_bytes) const {
   if (slot_ >= kNumReplies) return;
@@ -91,6 +87,7 @@ void Server::execute(const Record& record) {
   const uint16_t opcode = record.opcode;
   try {
     if (opcode >= kFirstForward) {
+      std::lock_guard<std::mutex> lock(comms_mutex_);
       if (!executeGenerated(opcode, reader, *this)) {
         throw ProtocolError("no such command: " + std::to_string(opcode));
       }

@@ -13,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "proxy/command.h"
@@ -40,6 +41,9 @@ class Responder {
   SegmentHead* segment_;
   uint16_t slot_;
 };
+
+// Whether a process can do nothing more with its device after this error.
+bool endsDevice(int code);
 
 class Server final : public GeneratedContext {
  public:
@@ -81,10 +85,12 @@ class Server final : public GeneratedContext {
   void executeQuery(uint16_t opcode, CommandReader& reader,
                     Responder responder);
   int attach(int device, AttachReply* reply);
-  int mapMemory(uint64_t address, size_t size_bytes, bool poison);
+  int mapMemory(uint64_t address, size_t size_bytes, bool is_lost);
   void launch(CommandReader& reader);
   int functionAttributes(void* kernel, FunctionAttributes* attributes);
   void initComm(CommandReader& reader, Responder responder);
+  void waitForComms();
+  int commError();
   void* lt();
   void ltMatmul(CommandReader& reader);
   void ltHeuristic(CommandReader& reader, Responder responder);
@@ -107,8 +113,11 @@ class Server final : public GeneratedContext {
   std::unordered_map<uint32_t, void*> kernels_;
   std::unordered_map<uint32_t, Cublas> cublas_;
   void* lt_ = nullptr;
+  // Held while NCCL is called, which never waits in there: so an abort, from
+  // beside the ring, hits nobody in the middle of a call.
   std::mutex comms_mutex_;
   std::unordered_map<uint32_t, void*> comms_;
+  std::unordered_set<uint32_t> aborted_comms_;
   Waiters waiters_;  // last: its threads use the rest
 };
 

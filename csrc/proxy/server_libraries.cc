@@ -1,8 +1,25 @@
+#include <algorithm>
+#include <chrono>
 #include <cstdio>
+#include <thread>
 
 #include "proxy/server.h"
 
 namespace mnemosyne::proxy {
+namespace {
+
+// NCCL says only when it is asked that it is done with something.
+constexpr std::chrono::microseconds kNcclPoll{200};
+
+// The head of ncclConfig_t, as of the version that it names.
+struct NcclConfig {
+  size_t size = sizeof(NcclConfig);
+  unsigned magic = 0xcafebeef;
+  unsigned version = 21400;
+  int blocking = 0;
+};
+
+}  // namespace
 
 // The handle, in the state in which the call wants it.
 void* Server::cublas(CommandReader& reader) {
@@ -37,8 +54,8 @@ void* Server::cublas(CommandReader& reader) {
   return handle.real;
 }
 
+// Requires: comms_mutex_.
 void* Server::comm(uint32_t id) {
-  std::lock_guard<std::mutex> lock(comms_mutex_);
   const auto found = comms_.find(id);
   return found == comms_.end() ? nullptr : found->second;
 }
@@ -46,46 +63,105 @@ void* Server::comm(uint32_t id) {
 // A library says that something went wrong; the driver may know better what.
 void Server::failed(Library library, const char* name, int code) {
   if (code == 0) return;
-  if (library == Library::kNccl && code == kNcclInProgress) return;
+  if (library == Library::kNccl && code == kNcclInProgress) {
+    return waitForComms();
+  }
   if (library == Library::kCuda || library == Library::kCudart) {
     check(code, name);
     return;
   }
   std::fprintf(stderr, "mnemosyne-proxy: %s gives error %d\n", name, code);
   const int device = driver_->cuStreamQuery(nullptr);
+  if (library == Library::kNccl && !endsDevice(device)) {
+    // Of the communicator, or of a peer: this device is as good as before.
+    segment_->comm_error = code;
+    return;
+  }
   check(device != 0 && device != kCudaNotReady ? device : int{kCudaUnknown},
         name);
 }
 
+// A communicator that does not block can be aborted while it is made, too.
 void Server::initComm(CommandReader& reader, Responder responder) {
   const auto id = reader.get<uint32_t>();
   const auto num_ranks = reader.get<int32_t>();
   const auto unique_id = reader.get<NcclUniqueId>();
   const auto rank = reader.get<int32_t>();
-  // Waits for the other ranks.
-  later([this, id, num_ranks, unique_id, rank, responder] {
-    auto* init = libraries_.function<int(void**, int, NcclUniqueId, int)>(
-        Library::kNccl, "ncclCommInitRank");
+  auto* init =
+      libraries_.function<int(void**, int, NcclUniqueId, int, NcclConfig*)>(
+          Library::kNccl, "ncclCommInitRankConfig");
+  {
+    std::lock_guard<std::mutex> lock(comms_mutex_);
+    segment_->comm_error = 0;  // that of one that was aborted
+    if (aborted_comms_.contains(id)) return responder.answer(kNcclRemoteError);
+    NcclConfig config;
     void* made = nullptr;
-    const int code = init(&made, num_ranks, unique_id, rank);
-    if (code == 0) {
+    const int code = init(&made, num_ranks, unique_id, rank, &config);
+    if (code != 0 && code != kNcclInProgress) return responder.answer(code);
+    comms_[id] = made;
+  }
+  // Waits for the other ranks.
+  later([this, id, responder] {
+    auto* ask = libraries_.function<int(void*, int*)>(Library::kNccl,
+                                                      "ncclCommGetAsyncError");
+    for (;; std::this_thread::sleep_for(kNcclPoll)) {
       std::lock_guard<std::mutex> lock(comms_mutex_);
-      comms_[id] = made;
+      const auto found = comms_.find(id);
+      if (found == comms_.end()) return responder.answer(kNcclRemoteError);
+      int state = 0;
+      if (const int code = ask(found->second, &state); code != 0) state = code;
+      if (state == kNcclInProgress) continue;
+      if (state != 0) {
+        auto* abort =
+            libraries_.function<int(void*)>(Library::kNccl, "ncclCommAbort");
+        abort(found->second);
+        comms_.erase(found);
+      }
+      return responder.answer(state);
     }
-    responder.answer(code);
   });
 }
 
-// Called beside the ring: it may stand still behind the communicator.
-void Server::abortComm(uint32_t id) {
-  void* aborted = nullptr;
-  {
-    std::lock_guard<std::mutex> lock(comms_mutex_);
-    const auto found = comms_.find(id);
-    if (found == comms_.end()) return;
-    aborted = found->second;
-    comms_.erase(found);
+// NCCL goes on with the last call on threads of its own; what follows in the
+// stream must come behind it. Requires: comms_mutex_.
+void Server::waitForComms() {
+  auto* ask = libraries_.function<int(void*, int*)>(Library::kNccl,
+                                                    "ncclCommGetAsyncError");
+  const auto is_busy = [&] {
+    return std::ranges::any_of(comms_, [&](const auto& each) {
+      int state = 0;
+      return ask(each.second, &state) == 0 && state == kNcclInProgress;
+    });
+  };
+  while (is_busy()) {
+    comms_mutex_.unlock();
+    std::this_thread::sleep_for(kNcclPoll);
+    comms_mutex_.lock();
   }
+}
+
+// What is wrong with any communicator, an ncclResult_t.
+int Server::commError() {
+  auto* ask = libraries_.function<int(void*, int*)>(Library::kNccl,
+                                                    "ncclCommGetAsyncError");
+  std::lock_guard<std::mutex> lock(comms_mutex_);
+  for (const auto& [id, comm] : comms_) {
+    int state = 0;
+    if (const int code = ask(comm, &state); code != 0) state = code;
+    if (state != 0 && state != kNcclInProgress) return state;
+  }
+  return segment_->comm_error;
+}
+
+// Called beside the ring: it may stand still behind the communicator, or the
+// command that makes it may still lie there.
+void Server::abortComm(uint32_t id) {
+  std::lock_guard<std::mutex> lock(comms_mutex_);
+  aborted_comms_.insert(id);
+  const auto found = comms_.find(id);
+  if (found == comms_.end()) return;
+  void* const aborted = found->second;
+  comms_.erase(found);
   if (context_ != nullptr) driver_->cuCtxSetCurrent(context_);
   libraries_.function<int(void*)>(Library::kNccl, "ncclCommAbort")(aborted);
 }
@@ -133,14 +209,18 @@ void Server::executeLibraries(uint16_t opcode, CommandReader& reader,
       responder.answerWith(code, id);
       break;
     }
+    case kNcclErrors:
+      responder.answer(commError());
+      break;
     case kNcclInit:
       initComm(reader, responder);
       break;
     case kNcclDestroy: {
       const auto id = reader.get<uint32_t>();
-      void* destroyed = comm(id);
+      void* destroyed = nullptr;
       {
         std::lock_guard<std::mutex> lock(comms_mutex_);
+        destroyed = comm(id);
         comms_.erase(id);
       }
       later([this, destroyed, responder] {
@@ -152,11 +232,13 @@ void Server::executeLibraries(uint16_t opcode, CommandReader& reader,
       break;
     }
     case kNcclGroupStart:
-      failed(Library::kNccl, "ncclGroupStart", nccl("ncclGroupStart")());
+    case kNcclGroupEnd: {
+      const char* name =
+          opcode == kNcclGroupStart ? "ncclGroupStart" : "ncclGroupEnd";
+      std::lock_guard<std::mutex> lock(comms_mutex_);
+      failed(Library::kNccl, name, nccl(name)());
       break;
-    case kNcclGroupEnd:
-      failed(Library::kNccl, "ncclGroupEnd", nccl("ncclGroupEnd")());
-      break;
+    }
     default:
       throw ProtocolError("no such command: " + std::to_string(opcode));
   }

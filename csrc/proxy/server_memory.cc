@@ -4,7 +4,10 @@
 
 namespace mnemosyne::proxy {
 
-int Server::mapMemory(uint64_t address, size_t size_bytes, bool poison) {
+// NaN in every format of floating-point numbers: what nobody restores is seen.
+constexpr unsigned char kLostByte = 0xFF;
+
+int Server::mapMemory(uint64_t address, size_t size_bytes, bool is_lost) {
   AllocationProperties properties{};
   properties.type = 1;                 // CU_MEM_ALLOCATION_TYPE_PINNED
   properties.location = {1, device_};  // CU_MEM_LOCATION_TYPE_DEVICE
@@ -17,8 +20,8 @@ int Server::mapMemory(uint64_t address, size_t size_bytes, bool poison) {
   if (error == 0)
     error = driver.cuMemSetAccess(address, size_bytes, &access, 1);
   driver.cuMemRelease(handle);  // the mapping keeps it
-  if (error == 0 && poison) {
-    error = driver.cuMemsetD8Async(address, 0xEE, size_bytes, nullptr);
+  if (error == 0 && is_lost) {
+    error = driver.cuMemsetD8Async(address, kLostByte, size_bytes, nullptr);
   }
   return error;
 }

@@ -8,12 +8,14 @@
 one ``optimizer.step()``. If a worker is lost in it, it is run again on repaired groups.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mnemosyne_plugin import recovery
+from mnemosyne_plugin.adapters.lost_device import Inputs, Results
 from mnemosyne_plugin.data import positions
 from mnemosyne_plugin.errors import ConfigError, FatalError
 from mnemosyne_plugin.recovery.commit import Outcome
@@ -95,11 +97,16 @@ class Session:
         manager: Manager,
         buffers: Buffers,
         optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module,
     ) -> None:
         self._manager = manager
         self._buffers = buffers
         self._has_voted = False
+        self._reducer = getattr(model, "reducer", None)
+        self._results = Results() if manager.has_device_proxy else None
         optimizer.register_step_pre_hook(self._before_mutation)
+        if self._results is not None:
+            optimizer.step = self._see_through(optimizer.step)  # type: ignore[method-assign]
 
     @property
     def step(self) -> int:
@@ -116,14 +123,17 @@ class Session:
         self._manager.begin()
         self._buffers.begin()
         rng = capture_rng()
+        inputs = Inputs(args, kwargs) if self._results is not None else None
         while True:
             self._has_voted = False
             self._manager.phase("forward")
             try:
-                result = train_step(*args, **kwargs)
+                result = self._run(train_step, *args, **kwargs)
             except _Redo:
                 restore_rng(rng)
                 self._buffers.rewind()
+                if inputs is not None:
+                    inputs.put_back()
                 continue
             if not self._has_voted:
                 raise FatalError("train_step must call optimizer.step() exactly once")
@@ -131,12 +141,50 @@ class Session:
             self._manager.end()
             return result
 
+    def _run(self, train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._results is None:
+            return train_step(*args, **kwargs)
+        self._results.begin()
+        try:
+            return train_step(*args, **kwargs)
+        except Exception:
+            # A lost device, or another rank's, is an exception anywhere in a step.
+            if self._has_voted or not self._manager.is_doomed:
+                raise
+            self._manager.recover()
+            if self._reducer is not None:
+                self._reducer._reset_state()
+            raise _Redo from None
+
     def _before_mutation(self, *_: Any) -> None:
         if self._has_voted:
             raise FatalError("train_step must call optimizer.step() exactly once")
         if self._manager.commit() is Outcome.REDO:
             raise _Redo
         self._has_voted = True
+        if self._results is not None:
+            self._results.keep()
+
+    def _see_through(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Make a mutation in which the device is lost look as if it had not been."""
+
+        @functools.wraps(step)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            result = None
+            try:
+                result = step(*args, **kwargs)
+            except Exception:
+                if not (self._has_voted and self._manager.is_device_lost):
+                    raise
+            generation = self._manager.device_generation
+            if self._manager.mutated() is Outcome.REDO:
+                raise _Redo
+            assert self._results is not None
+            if self._manager.device_generation != generation:
+                self._results.put_back()
+            return result
+
+        return wrapper
 
 
 def attach(
@@ -162,4 +210,4 @@ def attach(
         model.reducer = _FixedBuckets(model.reducer)  # type: ignore[assignment]
     state = _DdpState(model, optimizer, scheduler)
     manager.attach(state, positions())
-    return Session(manager, state.buffers, optimizer)
+    return Session(manager, state.buffers, optimizer, model)

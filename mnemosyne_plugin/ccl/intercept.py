@@ -13,18 +13,29 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d as c10d
 
-from mnemosyne_plugin.errors import ConfigError
+from mnemosyne_plugin.errors import ConfigError, FatalError
 
 BACKEND = "mnemosyne"
 
 
-def serve_process_groups(is_alone: Callable[[], bool]) -> None:
+def serve_process_groups(is_alone: Callable[[], bool], may_use_nccl: bool) -> None:
     """Give our backend to every group from now on.
 
     is_alone: whether this process runs the set-up by itself, without peers to wait for.
+    may_use_nccl: its communicators can be made anew behind their handles.
     """
+
+    def choose(requested: str | None) -> str | None:
+        backend = our_backend(requested, may_use_nccl)
+        if backend is not None and "nccl" in backend and is_alone():
+            raise FatalError(
+                "this version cannot replace a worker whose groups are NCCL's; the "
+                "device proxy covers the loss of a device only"
+            )
+        return backend
+
     for name in ("init_process_group", "new_group"):
-        wrapper = _with_our_backend(getattr(c10d, name))
+        wrapper = _with_our_backend(getattr(c10d, name), choose)
         setattr(c10d, name, wrapper)
         setattr(torch.distributed, name, wrapper)
     barrier = c10d._store_based_barrier
@@ -62,17 +73,20 @@ def num_collectives() -> int:
     return sum(backend._get_sequence_number_for_group() for backend in backends)
 
 
-def our_backend(requested: str | None) -> str | None:
+def our_backend(requested: str | None, may_use_nccl: bool = False) -> str | None:
     """Return the backend to use where a script asks for ``requested``."""
     if requested is None:
         return None
+    if requested.lower() == "nccl" and may_use_nccl:
+        return f"cpu:{BACKEND},cuda:nccl"
     served = {"gloo", BACKEND}
     names = [part.rpartition(":") for part in requested.lower().split(",")]
     cpu_names = {name for device, _, name in names if device in ("", "cpu")}
     if any(name == "nccl" and device == "" for device, _, name in names):
         raise ConfigError(
             "this version protects CPU process groups only, and the script asks for "
-            "'nccl'; run it with torchrun, or with backend 'gloo' on the CPU"
+            "'nccl'; run it with torchrun, with backend 'gloo' on the CPU, or with "
+            "`mnemosyne run --device-proxy`"
         )
     return BACKEND if cpu_names <= served and cpu_names else requested
 
@@ -126,7 +140,9 @@ _BY_NAME = {
 }
 
 
-def _with_our_backend(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_our_backend(
+    function: Callable[..., Any], choose: Callable[[str | None], str | None]
+) -> Callable[..., Any]:
     # backend is the first argument of init_process_group, the third of new_group;
     # a new_group without one takes that of the default group.
     is_init = function.__name__ == "init_process_group"
@@ -136,10 +152,10 @@ def _with_our_backend(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if len(args) > place:
-            backend = our_backend(args[place]) or default
+            backend = choose(args[place]) or default
             args = (*args[:place], backend, *args[place + 1 :])
         else:
-            kwargs["backend"] = our_backend(kwargs.get("backend")) or default
+            kwargs["backend"] = choose(kwargs.get("backend")) or default
         return function(*args, **kwargs)
 
     return wrapper

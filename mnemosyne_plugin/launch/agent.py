@@ -10,7 +10,7 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -58,6 +58,8 @@ class AgentSpec:
     num_ranks: int
     num_standbys: int
     preload: tuple[str, ...]
+    environment: Mapping[str, str]
+    """What workers have on top of the agent's own."""
     max_restarts: int | None
     script: str
     args: tuple[str, ...]
@@ -104,7 +106,9 @@ class Agent:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
                 self._loop.add_signal_handler(number, self._on_signal, number)
         self._force = Workforce(
-            self._loop, self, spec.entry_module, spec.run_dir, spec.preload
+            *(self._loop, self, spec.entry_module, spec.run_dir),
+            preload=spec.preload,
+            environment=spec.environment,
         )
 
     @property

@@ -15,8 +15,9 @@ import site
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mnemosyne_plugin.errors import PeerLost
@@ -49,6 +50,7 @@ class Nursery:
         wanted: Sequence[str] = (),
         modules: Sequence[str] = (),
         parent: "Nursery | None" = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.channel, theirs = Channel.pair()
         self.modules = tuple(modules)
@@ -58,20 +60,29 @@ class Nursery:
             if parent is not None:
                 parent.channel.send("branch", fds=[theirs.fileno()])
             else:
-                self.pid = self._start(entry_module, run_dir, theirs)
+                self.pid = self._start(entry_module, run_dir, theirs, environment)
         finally:
             theirs.close()
         self.channel.send("warm_up", wanted=wanted, modules=self.modules)
 
     @staticmethod
-    def _start(entry_module: str, run_dir: str, channel: Channel) -> int:
+    def _start(
+        entry_module: str,
+        run_dir: str,
+        channel: Channel,
+        environment: Mapping[str, str],
+    ) -> int:
         """Start the process at the other end of the channel; return its pid."""
-        env = os.environ | {
-            "MNEMOSYNE_WORKER": "1",
-            "MNEMOSYNE_RUN_DIR": run_dir,
-            _FD: str(channel.fileno()),
-            _AGENT: str(os.getpid()),
-        }
+        env = (
+            os.environ
+            | environment
+            | {
+                "MNEMOSYNE_WORKER": "1",
+                "MNEMOSYNE_RUN_DIR": run_dir,
+                _FD: str(channel.fileno()),
+                _AGENT: str(os.getpid()),
+            }
+        )
         # Without the current folder on the path: whatever lies there is for the script.
         start = f"""
 import runpy, sys

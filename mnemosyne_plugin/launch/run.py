@@ -14,7 +14,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.launcher.api import LaunchConfig
 
-from mnemosyne_plugin import report
+from mnemosyne_plugin import proxy, report
 from mnemosyne_plugin.errors import ConfigError
 from mnemosyne_plugin.launch.agent import Agent, AgentSpec
 from mnemosyne_plugin.launch.ranks import RankLogs, RankSpec
@@ -63,6 +63,12 @@ def get_parser() -> argparse.ArgumentParser:
         choices=["auto", "tcp"],
         default="auto",
         help="Links between workers: shared memory within a node, or always TCP.",
+    )
+    ours.add_argument(
+        "--device-proxy",
+        "--device_proxy",
+        action="store_true",
+        help="Keep each GPU in a process of its own, so that its loss ends no worker.",
     )
     with suppress(argparse.ArgumentError):  # torch has it since 2.13
         ours.add_argument(
@@ -173,6 +179,7 @@ def _agent_spec(
         shutdown_timeout_s=float(timeout_s),
         entry_module=entry_module,
         signals=tuple(signal.Signals[name] for name in names),
+        environment=proxy.preload(os.environ) if args.device_proxy else {},
         logs=config.logs_specs,
         ranks=ranks,
     )

@@ -33,7 +33,7 @@ def main(
 ) -> int:
     """Be the worker that ``order`` describes; return its exit code."""
     os.setsid()
-    from mnemosyne_plugin import recovery
+    from mnemosyne_plugin import proxy, recovery
     from mnemosyne_plugin.ccl import Mesh
     from mnemosyne_plugin.recovery.manager import Manager, Seat
 
@@ -57,7 +57,12 @@ def main(
     )
     events = EventLog(order["run_dir"], f"worker-{worker_id}", worker_id=worker_id)
     manager = Manager(
-        mesh=mesh, channel=channel, seat=place, events=events, on_phase=on_phase
+        mesh=mesh,
+        channel=channel,
+        seat=place,
+        events=events,
+        on_phase=on_phase,
+        proxy=proxy.loaded(),
     )
     recovery.install(manager)
     try:

@@ -8,8 +8,9 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from mnemosyne_plugin.errors import MnemosyneError, PeerLost
@@ -93,12 +94,15 @@ class Workforce:
         entry_module: str,
         run_dir: str,
         preload: Sequence[str] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """environment: what workers have on top of the agent's own."""
         self._loop = loop
         self._owner = owner
         self._entry_module = entry_module
         self._run_dir = run_dir
         self._wanted = tuple(preload)
+        self._environment = dict(environment)
         self.workers: dict[int, Worker] = {}
         self._order: dict[str, Any] = {}
         self._first_id = 0
@@ -245,7 +249,10 @@ class Workforce:
         return [] if warming is None or warming.pid else [warming]
 
     def _start_nursery(self, modules: Sequence[str]) -> Nursery:
-        nursery = Nursery(self._entry_module, self._run_dir, self._wanted, modules)
+        nursery = Nursery(
+            *(self._entry_module, self._run_dir, self._wanted, modules),
+            environment=self._environment,
+        )
         self._nurseries[nursery.pid] = nursery
         self._watch(nursery.channel, self._on_nursery_message, nursery)
         return nursery

@@ -10,6 +10,7 @@ from mnemosyne_plugin import ccl
 from mnemosyne_plugin.errors import MnemosyneError
 from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.recovery.channel import Channel
+from mnemosyne_plugin.recovery.device import Device
 from mnemosyne_plugin.recovery.membership import Membership
 
 
@@ -27,8 +28,10 @@ class AgentLink:
         rank: int,
         membership: Membership,
         events: EventLog,
+        device: Device | None = None,
     ) -> None:
         self._mesh = mesh
+        self._device = device
         self._channel = channel
         self._rank = rank
         self._events = events
@@ -117,8 +120,19 @@ class AgentLink:
             selector.register(self._channel, selectors.EVENT_READ)
             selector.register(self._wake, selectors.EVENT_READ)
             selector.register(self._mesh.failure_fd, selectors.EVENT_READ)
+            lost_fd = -1
+            if self._device is not None:
+                lost_fd = self._device.proxy.lost_fd
+                selector.register(lost_fd, selectors.EVENT_READ)
             while True:
-                ready = [key.fileobj for key, _ in selector.select()]
+                timeout_s = None
+                if self._device is not None:
+                    timeout_s = self._device.watch(self._mesh.failure() is not None)
+                ready = [key.fileobj for key, _ in selector.select(timeout_s)]
+                if lost_fd in ready:
+                    assert self._device is not None
+                    self._device.proxy.acknowledge()
+                    self._device.look()
                 if self._mesh.failure_fd in ready:
                     # It stays readable until the next reconfigure, which wakes us.
                     selector.unregister(self._mesh.failure_fd)
@@ -135,8 +149,10 @@ class AgentLink:
     def _report_failure(self) -> None:
         with self._epoch_lock:
             failure, epoch = self._mesh.failure(), self._mesh.epoch
-        if failure is None:  # repaired in the meantime
-            return
+            if failure is None:  # repaired in the meantime
+                return
+            if self._device is not None:
+                self._device.release()
         self._events.emit("fenced", epoch=epoch, rank=self._rank, reason=str(failure))
         self.send(
             "link_lost",

@@ -23,10 +23,12 @@ from mnemosyne_plugin.errors import (
     StateMismatch,
 )
 from mnemosyne_plugin.events import EventLog
+from mnemosyne_plugin.proxy import DeviceProxy
 from mnemosyne_plugin.recovery.agent_link import AgentLink
 from mnemosyne_plugin.recovery.channel import Channel
 from mnemosyne_plugin.recovery.commit import Decision, Outcome, Report, decide
 from mnemosyne_plugin.recovery.control import ControlGroup
+from mnemosyne_plugin.recovery.device import Device
 from mnemosyne_plugin.recovery.membership import Membership
 from mnemosyne_plugin.recovery.protection import Position, Protection
 from mnemosyne_plugin.state.manifest import TrainingState
@@ -69,9 +71,11 @@ class Manager:
         seat: Seat,
         events: EventLog,
         on_phase: Callable[[int, str, int], None] | None = None,
+        proxy: DeviceProxy | None = None,
     ) -> None:
         """Take the seat; ``start`` joins the job.
 
+        proxy: the device proxy that this process was started with.
         on_phase(rank, phase, step) is called at the begin of each phase of a step.
         """
         self.mesh = mesh
@@ -79,12 +83,16 @@ class Manager:
         self.world_size = len(seat.membership.members)
         self.version = 0
         self._events = events
-        self._agent = AgentLink(mesh, channel, seat.rank, seat.membership, events)
+        self._device = Device(proxy, mesh, seat.rank, events) if proxy else None
+        self._agent = AgentLink(
+            mesh, channel, seat.rank, seat.membership, events, self._device
+        )
         self._on_phase = on_phase
         self._setup_log = seat.setup_log
         self._is_setting_up = True
         self._is_newcomer = seat.setup_log is not None
         self._has_voted = False
+        self._is_ahead = False  # in a step whose end this rank got from others
         self._state = State.RUNNING
         self._protection: Protection | None = None
         self._is_first_step = self._is_newcomer
@@ -134,7 +142,7 @@ class Manager:
         else:
             self.mesh.start_replay(self._setup_log)
         ccl.register(lambda: self.mesh, lambda: self.is_setting_up_alone)
-        serve_process_groups(lambda: self.is_setting_up_alone)
+        serve_process_groups(lambda: self.is_setting_up_alone, self._device is not None)
         self._agent.start()
 
     def attach(
@@ -200,7 +208,24 @@ class Manager:
 
         Where ranks disagree on an operation it is not: that is the script's error.
         """
+        if self._device is not None:
+            self._device.look()
         return isinstance(self.mesh.failure(), RecoverableError)
+
+    @property
+    def has_device_proxy(self) -> bool:
+        """Whether the device may be lost without this process."""
+        return self._device is not None
+
+    @property
+    def is_device_lost(self) -> bool:
+        """Whether it is now."""
+        return self._device is not None and self._device.proxy.is_lost
+
+    @property
+    def device_generation(self) -> int:
+        """How many servers the device proxy has had; another one holds nothing."""
+        return self._device.proxy.generation if self._device is not None else 0
 
     @property
     def has_snapshots(self) -> bool:
@@ -339,6 +364,9 @@ class Manager:
         """
         protection, rng = self._protected(), capture_rng()
         try:
+            if self._device is not None:
+                # All that the vote is about has happened.
+                self._device.wait()
             failure = self.mesh.failure()
             if failure is not None:
                 raise failure
@@ -357,6 +385,26 @@ class Manager:
         protection.mutate(rng)
         self.horizon = protection.horizon(self.version)
         self.phase("optimizer")
+        return Outcome.COMMIT
+
+    def mutated(self) -> Outcome:
+        """Behind a mutation, if ``has_device_proxy``: see that it has happened.
+
+        COMMIT: it has, here or, where the device was lost in it, with the others,
+        whose state this rank has now. REDO: as that of ``commit``.
+        """
+        assert self._device is not None
+        before = self.version
+        try:
+            self._device.wait()
+        finally:
+            is_lost = self._device.proxy.is_lost
+        if is_lost:
+            self._recover()
+            if self.version == before:
+                self._emit_redo()
+                return Outcome.REDO
+            self._is_ahead = True
         return Outcome.COMMIT
 
     def _tell_footprint(self, protection: Protection) -> None:
@@ -401,7 +449,9 @@ class Manager:
         if protection.is_sharded and self.has_failed:
             return Outcome.REDO
         self.mesh.absorb(False)
-        self.version += 1
+        if not self._is_ahead:
+            self.version += 1
+        self._is_ahead = False
         self._furthest = max(self._furthest, self.version)
         self._has_voted = False
         protection.take(self.version)
@@ -499,6 +549,12 @@ class Manager:
             except RecoverableError as error:
                 logger.info("rank=%d recovery failed: %s; again", self.rank, error)
                 self._enter(State.FENCED)
+            except RuntimeError as error:
+                if isinstance(error, FatalError) or not self.is_device_lost:
+                    raise
+                assert self._device is not None
+                self._device.look()
+                self._enter(State.FENCED)
 
     def _emit_redo(self) -> None:
         self._has_voted = False
@@ -510,6 +566,8 @@ class Manager:
         failure = self.mesh.failure()
         if failure is not None or self._agent.membership.epoch > self.mesh.epoch:
             self._enter(State.FENCED)
+            if self._device is not None:
+                self._device.recover()
             membership = self._agent.wait_for_news(deadline - time.monotonic())
             if membership is None:
                 raise FatalError(
@@ -524,6 +582,10 @@ class Manager:
                 rank=self.rank,
                 links_replaced=links_replaced,
             )
+        if self._device is not None:
+            self._device.renew_communicators(self._control)
+            if self._device.is_empty:
+                self._protected().lose_device()
         reports = self._exchange_reports()
         decision = self._decide(reports)
         self._enter(State.RESTORING)
@@ -562,7 +624,7 @@ class Manager:
     def _exchange_reports(self) -> list[Report]:
         report = Report(
             rank=self.rank,
-            newcomer=self._is_newcomer,
+            newcomer=self._is_newcomer or self._protected().needs_replica,
             version=self.version,
             has_voted=self._has_voted,
             furthest=self._furthest,
@@ -599,6 +661,8 @@ class Manager:
             finally:
                 self.mesh.hold_replay(False)
         self._is_newcomer = False
+        if self._device is not None:
+            self._device.is_empty = False
 
     def end_setup(self) -> None:
         """The script's set-up is over: ``begin`` calls it, or who has no step left."""

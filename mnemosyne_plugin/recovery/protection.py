@@ -71,6 +71,8 @@ class Protection:
         """Whether a death loses nothing from now on."""
         self.is_clean = True
         """Not in the middle of a mutation. Always, where there is no shard."""
+        self.needs_replica = False
+        """Whether the device lost what its replicas hold; the host has the rest."""
         self._rng: RngState | None = None
         self._begin_rng: RngState | None = None
         self._has_moved_between = False
@@ -190,6 +192,13 @@ class Protection:
 
     # --- recovery -----------------------------------------------------------------
 
+    def lose_device(self) -> None:
+        """Take note that the contents of device memory are gone."""
+        if self._snapshots is None:
+            self.needs_replica = True
+        else:
+            self.is_clean = False
+
     def report(self) -> dict[str, Any]:
         """Return this part of a Report, behind the end of an epoch."""
         self._mirrors.collect_last()
@@ -255,7 +264,12 @@ class Protection:
             after = image.load(self._shard)
             self._snapshots.adopt(image)
             size += len(image.data)
-        if after:
+        if self.needs_replica:
+            # Its own random state and position in the data are here, and newer.
+            local = pickle.loads(after)["training"] if after else {}
+            self._training.load_local(local)
+            self.needs_replica = False
+        elif after:
             self._take_local(decision.target, after, begin)
         return size
 

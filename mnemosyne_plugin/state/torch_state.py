@@ -153,7 +153,10 @@ class Buffers:
         for name in buffers.keys() - self._mutable:
             if not torch.equal(buffers[name], self._copies[name]):
                 self._mutable.add(name)
-        return {name: buffers[name].detach().clone() for name in sorted(self._mutable)}
+        return {
+            name: buffers[name].detach().to("cpu", copy=True)
+            for name in sorted(self._mutable)
+        }
 
     def load(self, contents: Tensors) -> None:
         """Copy ``contents`` into the buffers of these names."""
@@ -166,6 +169,8 @@ class Buffers:
         """On a newcomer: take what ``local`` of the lost worker returned."""
         self.load(contents)
         self._mutable.update(contents)
+        if self._is_in_step:  # a lost device took the copies, too
+            self.begin()
 
 
 class Frozen:

@@ -130,8 +130,11 @@ def receive_state(
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the contents as ``[size_bytes]`` uint8: a view if memory order allows."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    """Return the contents as ``[size_bytes]`` uint8 in host memory.
+
+    A view, if they are there and their order allows it.
+    """
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
 
 
 def _write_back(

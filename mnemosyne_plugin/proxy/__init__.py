@@ -1,0 +1,169 @@
+"""The device proxy: a process between torch and the GPU. See docs/proxy.md.
+
+``preload`` is what the launcher puts into the environment; ``loaded`` is what the
+recovery runtime asks, in a worker that runs with it.
+"""
+
+import ctypes
+import functools
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mnemosyne_plugin.errors import ConfigError, FatalError
+
+_FOLDER = Path(__file__).parent / "lib"
+_CLIENT = ("libmnemosyne_client.so", "libcuda.so.1")
+_UNIQUE_ID_BYTES = 128
+_STATES = ("off", "healthy", "lost", "restoring", "failed", "child")
+
+
+def preload(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what to add to ``environment`` so that a python there runs with the proxy.
+
+    Raises ConfigError if this installation has none.
+    """
+    paths = [str(_FOLDER / name) for name in _CLIENT]
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise ConfigError(
+            f"the device proxy was not built: there is no {missing[0]}; install "
+            "mnemosyne-plugin again"
+        )
+    others = environment.get("LD_PRELOAD", "").split(":")
+    return {"LD_PRELOAD": ":".join([*paths, *filter(None, others)])}
+
+
+@functools.cache
+def loaded() -> "DeviceProxy | None":
+    """Return the proxy of this process; None if it was started without one."""
+    process = ctypes.CDLL(None)
+    return DeviceProxy(process) if hasattr(process, "mnemosyne_proxy_state") else None
+
+
+@dataclass(frozen=True, slots=True)
+class Communicator:
+    """An NCCL communicator of this process."""
+
+    handle: int
+    key: str
+    """The same in all its ranks, and never that of another one."""
+    rank: int
+    num_ranks: int
+
+
+class DeviceProxy:
+    """The client's part, which is loaded into this process. Any thread may call it."""
+
+    def __init__(self, library: Any) -> None:
+        """library: has the C functions of csrc/proxy/client_api.cc."""
+        self._c = library
+        self._c.mnemosyne_proxy_waiting_seconds.restype = ctypes.c_double
+        self._c.mnemosyne_proxy_generation.restype = ctypes.c_uint64
+
+    @property
+    def state(self) -> str:
+        """What the client says: off, healthy, lost, restoring, failed or child."""
+        return _STATES[self._c.mnemosyne_proxy_state()]
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the device's memory is gone and nobody has recovered it."""
+        return self.state in ("lost", "failed")
+
+    @property
+    def server_pid(self) -> int:
+        """The process that owns the device; 0 if there is none."""
+        return int(self._c.mnemosyne_proxy_server_pid())
+
+    @property
+    def generation(self) -> int:
+        """How many servers there were."""
+        return int(self._c.mnemosyne_proxy_generation())
+
+    @property
+    def waiting_s(self) -> float:
+        """For how long some thread has been waiting for the device."""
+        return float(self._c.mnemosyne_proxy_waiting_seconds())
+
+    @property
+    def lost_fd(self) -> int:
+        """An eventfd that becomes readable when the device is lost."""
+        return int(self._c.mnemosyne_proxy_lost_fd())
+
+    def acknowledge(self) -> None:
+        """Empty ``lost_fd``."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.lost_fd)
+
+    def describe_loss(self) -> str:
+        """Return in words what happened to the device."""
+        text = ctypes.create_string_buffer(1024)
+        self._c.mnemosyne_proxy_message(text, len(text))
+        said = text.value.decode(errors="replace")
+        error = self._c.mnemosyne_proxy_error()
+        return said or f"its server ended, CUDA error {error}"
+
+    def counts(self) -> dict[str, int]:
+        """Return commands sent, round trips, bytes, and calls that were refused."""
+        counts = (ctypes.c_uint64 * 4)()
+        self._c.mnemosyne_proxy_counts(counts)
+        return dict(zip(("commands", "calls", "bytes", "refused"), counts, strict=True))
+
+    def recover(self, timeout_s: float) -> None:
+        """Start a new server, with all memory at its old addresses, full of NaN.
+
+        Raises FatalError if the device does not come back.
+        """
+        if self._c.mnemosyne_proxy_recover(int(timeout_s * 1000)) != 0:
+            raise FatalError(f"the device does not come back: {self.describe_loss()}")
+
+    def kill(self) -> None:
+        """End the server: the way out of a device that hangs."""
+        self._c.mnemosyne_proxy_kill()
+
+    # --- communicators of NCCL ----------------------------------------------------
+
+    def communicators(self) -> list[Communicator]:
+        """Return those of this process, oldest first."""
+        count = self._c.mnemosyne_proxy_comms(None, None, None, None, 0)
+        handles = (ctypes.c_void_p * count)()
+        sizes, ranks = (ctypes.c_int * count)(), (ctypes.c_int * count)()
+        ids = ctypes.create_string_buffer(_UNIQUE_ID_BYTES * count)
+        count = min(
+            count, self._c.mnemosyne_proxy_comms(handles, sizes, ranks, ids, count)
+        )
+        return [
+            Communicator(
+                handle=handles[at] or 0,
+                key=ids.raw[at * _UNIQUE_ID_BYTES :][:_UNIQUE_ID_BYTES].hex(),
+                rank=ranks[at],
+                num_ranks=sizes[at],
+            )
+            for at in range(count)
+        ]
+
+    def abort_communicators(self) -> None:
+        """Have nobody here wait for other ranks; ``renew`` makes them work again."""
+        self._c.mnemosyne_proxy_abort_comms()
+
+    def communicator_error(self) -> int:
+        """Return the ncclResult_t of a communicator that has failed, or 0."""
+        return int(self._c.mnemosyne_proxy_comm_error())
+
+    def new_unique_id(self) -> str:
+        """Return an id by which ranks meet. Raises FatalError."""
+        unique_id = ctypes.create_string_buffer(_UNIQUE_ID_BYTES)
+        code = self._c.ncclGetUniqueId(unique_id)
+        if code != 0:
+            raise FatalError(f"NCCL gives no unique id: error {code}")
+        return unique_id.raw.hex()
+
+    def renew(self, communicator: Communicator, unique_id: str) -> int:
+        """Make it anew behind its handle; all its ranks do. Returns an ncclResult_t."""
+        raw = ctypes.create_string_buffer(bytes.fromhex(unique_id), _UNIQUE_ID_BYTES)
+        handle = ctypes.c_void_p(communicator.handle)
+        return int(self._c.mnemosyne_proxy_reinit_comm(handle, raw))

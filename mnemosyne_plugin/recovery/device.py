@@ -1,0 +1,163 @@
+"""A rank's device behind the proxy: its loss is seen, and mended, as a link's is.
+
+A lost device costs no worker. The rank stays, with what is in its host memory, and
+gets the rest as a newcomer does; communicators of NCCL are made anew on all ranks.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mnemosyne_plugin import ccl
+from mnemosyne_plugin.errors import FatalError, GroupAborted
+from mnemosyne_plugin.events import EventLog
+from mnemosyne_plugin.proxy import Communicator, DeviceProxy
+from mnemosyne_plugin.recovery.control import ControlGroup
+
+logger = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 120.0
+HANG_TIMEOUT_S = 600.0
+"""The longest wait for the device; as long as NCCL's watchdog waits by default."""
+_GRACE_S = 10.0  # for what waited for other ranks to end, once it is aborted
+
+
+class Device:
+    """The device of one rank. The main thread's, but ``watch`` and ``release``."""
+
+    def __init__(
+        self, proxy: DeviceProxy, mesh: ccl.Mesh, rank: int, events: EventLog
+    ) -> None:
+        self.proxy = proxy
+        self._mesh = mesh
+        self._rank = rank
+        self._events = events
+        self._latched_at: float | None = None
+        self.is_empty = False
+        """Whether its memory holds nothing of the training state."""
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether torch has begun to use it."""
+        return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+    def look(self) -> None:
+        """Fence the mesh if the device is lost, or a communicator has failed."""
+        if self._mesh.failure() is not None:
+            return
+        if self.proxy.is_lost:
+            self._mesh.fence(f"rank {self._rank} lost its device: {self._loss()}")
+        elif (error := self.proxy.communicator_error()) != 0:
+            # Asking may have found the device lost.
+            what = self._loss() if self.proxy.is_lost else f"NCCL error {error}"
+            self._mesh.fence(f"rank {self._rank}: {what}")
+
+    def wait(self) -> None:
+        """Wait for all that it was given, then ``look``."""
+        if self.is_in_use:
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                if not self.proxy.is_lost:
+                    raise
+        self.look()
+
+    def recover(self) -> bool:
+        """Start it again if it is lost; return whether it was. Raises FatalError."""
+        if not self.proxy.is_lost:
+            return False
+        begun, loss = time.monotonic(), self._loss()
+        self.proxy.recover(_START_TIMEOUT_S)
+        self.is_empty = True
+        self._events.emit(
+            "device_recovered",
+            epoch=self._mesh.epoch,
+            rank=self._rank,
+            reason=loss,
+            seconds=time.monotonic() - begun,
+        )
+        return True
+
+    def renew_communicators(self, control: ControlGroup) -> None:
+        """Make those of all ranks anew, behind their handles. Collective."""
+        ours = self.proxy.communicators()
+        offers = [
+            {
+                "key": each.key,
+                "num_ranks": each.num_ranks,
+                "id": self.proxy.new_unique_id() if each.rank == 0 else "",
+            }
+            for each in ours
+        ]
+        gathered = [json.loads(b) for b in control.gather(json.dumps(offers).encode())]
+        ids = _meetings([offer for offers in gathered for offer in offers])
+        for each in sorted(ours, key=lambda each: each.key):
+            self._renew(each, ids[each.key])
+
+    def _renew(self, communicator: Communicator, unique_id: str) -> None:
+        error = self.proxy.renew(communicator, unique_id)
+        if error == 0:
+            return
+        self.look()
+        failure = self._mesh.failure()
+        raise failure or GroupAborted(
+            f"a communicator of NCCL cannot be made anew: error {error}", self._rank
+        )
+
+    def _loss(self) -> str:
+        return self.proxy.describe_loss()
+
+    # --- the reader's thread ------------------------------------------------------
+
+    def release(self) -> None:
+        """A failure is latched: have the main thread wait for no other rank."""
+        self.proxy.abort_communicators()
+
+    def watch(self, is_latched: bool) -> float:
+        """See to it that no wait for the device is endless; return when to look again.
+
+        is_latched: a failure is, so what still waits can only wait for the device.
+        """
+        now, waited = time.monotonic(), self.proxy.waiting_s
+        limit = HANG_TIMEOUT_S
+        if not is_latched:
+            self._latched_at = None
+        else:
+            limit = _GRACE_S
+            self._latched_at = self._latched_at or now
+            waited = min(waited, now - self._latched_at)
+        if waited < limit:
+            return limit - waited
+        if is_latched:
+            self._latched_at = now
+            self._events.emit("device_hangs", rank=self._rank, seconds=waited)
+            self.proxy.kill()
+        else:
+            self._mesh.fence(
+                f"rank {self._rank} has waited {waited:.0f} s for its device"
+            )
+        return _GRACE_S
+
+
+def _meetings(offers: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the new id of each communicator. Raises FatalError if a rank lacks it."""
+    ids: dict[str, str] = {}
+    present: dict[str, int] = {}
+    for offer in offers:
+        key = offer["key"]
+        present[key] = present.get(key, 0) + 1
+        if offer["id"]:
+            ids[key] = offer["id"]
+    for offer in offers:
+        key = offer["key"]
+        if present[key] != offer["num_ranks"]:
+            raise FatalError(
+                f"only {present[key]} of {offer['num_ranks']} ranks have a certain "
+                "communicator of NCCL: the failure came while it was being made; "
+                "start the job again"
+            )
+    return ids
