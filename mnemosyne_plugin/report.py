@@ -103,7 +103,7 @@ def _recovery(
     last = epochs[-1]
     window = [e for e in events if since < e.time_s <= agreed[last]]
     # Late reports of links that an earlier membership replaced are no news.
-    lost = [e for e in window if e.name == "link_lost"]
+    lost = [e for e in window if e.name in ("link_lost", "device_lost")]
     lost = [e for e in lost if e.fields["epoch"] >= epochs[0] - 1]
     signs = [*lost, *(e for e in window if _is_death(e))]
     links = _of(events, epochs, "reconfigured")

@@ -29,6 +29,7 @@ from mnemosyne_plugin.launch.workforce import REAP_TIMEOUT_S, Worker, Workforce
 from mnemosyne_plugin.recovery.membership import (
     AgentLost,
     Decision,
+    DeviceLost,
     Done,
     Evidence,
     Exited,
@@ -226,6 +227,12 @@ class Agent:
             may_restart = message["may_restart"]
             self._tell(Protected(attempt=attempt, rank=rank, may_restart=may_restart))
             self._emit("protected", worker)
+        elif kind == "device_lost":
+            epoch, reason = message["epoch"], message["reason"]
+            self._emit("device_lost", worker, epoch=epoch, reason=reason)
+            self._tell(
+                DeviceLost(attempt=attempt, rank=rank, epoch=epoch, reason=reason)
+            )
         elif kind == "link_lost":
             lost, epoch = message["lost_rank"], message["epoch"]
             self._emit("link_lost", worker, lost_rank=lost, epoch=epoch)

@@ -154,6 +154,10 @@ class AgentLink:
             if self._device is not None:
                 self._device.release()
         self._events.emit("fenced", epoch=epoch, rank=self._rank, reason=str(failure))
+        news = self._device.take_news() if self._device is not None else None
+        if news is not None:
+            self.send("device_lost", epoch=epoch, reason=news)
+            return
         self.send(
             "link_lost",
             lost_rank=getattr(failure, "rank", -1),

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _START_TIMEOUT_S = 120.0
 HANG_TIMEOUT_S = 600.0
 """The longest wait for the device; as long as NCCL's watchdog waits by default."""
+_LAST_NCCL_RESULT = 8
 _GRACE_S = 10.0  # for what waited for other ranks to end, once it is aborted
 
 
@@ -37,6 +38,7 @@ class Device:
         self._rank = rank
         self._events = events
         self._latched_at: float | None = None
+        self._news: str | None = None
         self.is_empty = False
         """Whether its memory holds nothing of the training state."""
 
@@ -49,12 +51,12 @@ class Device:
         """Fence the mesh if the device is lost, or a communicator has failed."""
         if self._mesh.failure() is not None:
             return
-        if self.proxy.is_lost:
-            self._mesh.fence(f"rank {self._rank} lost its device: {self._loss()}")
-        elif (error := self.proxy.communicator_error()) != 0:
-            # Asking may have found the device lost.
-            what = self._loss() if self.proxy.is_lost else f"NCCL error {error}"
-            self._mesh.fence(f"rank {self._rank}: {what}")
+        error = 0 if self.proxy.is_lost else self.proxy.communicator_error()
+        if self.proxy.is_lost or error > _LAST_NCCL_RESULT:  # then it is CUDA's
+            self._news = self._loss()
+            self._mesh.fence(f"rank {self._rank} lost its device: {self._news}")
+        elif error != 0:
+            self._mesh.fence(f"rank {self._rank}: NCCL error {error}")
 
     def wait(self) -> None:
         """Wait for all that it was given, then ``look``."""
@@ -112,6 +114,11 @@ class Device:
         return self.proxy.describe_loss()
 
     # --- the reader's thread ------------------------------------------------------
+
+    def take_news(self) -> str | None:
+        """Return how the device was lost, if that is new."""
+        news, self._news = self._news, None
+        return news
 
     def release(self) -> None:
         """A failure is latched: have the main thread wait for no other rank."""

@@ -102,6 +102,16 @@ class LinkLost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceLost:
+    """The device of `rank` is lost; its worker lives, and repairs it."""
+
+    attempt: int
+    rank: int
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SetupLogged:
     """The set-up of this rank is done, and can be replayed for a newcomer."""
 
@@ -153,6 +163,7 @@ Evidence = (
     Ready
     | Exited
     | LinkLost
+    | DeviceLost
     | SetupLogged
     | Protected
     | Done
@@ -189,8 +200,8 @@ Decision = Membership | Restart | Finish
 _MESSAGES: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
-        *(Ready, Exited, LinkLost, SetupLogged, Protected, Done, AgentLost, Stop),
-        *(Restart, Finish),
+        *(Ready, Exited, LinkLost, DeviceLost, SetupLogged, Protected, Done),
+        *(AgentLost, Stop, Restart, Finish),
     )
 }
 
@@ -283,6 +294,10 @@ def apply(job: Job, evidence: Evidence) -> Verdict:
             return _exited(job, evidence)
         case LinkLost():
             return _link_lost(job, evidence)
+        case DeviceLost(rank=rank, reason=reason):
+            if not _is_news(job, evidence.epoch):
+                return job, (), "known already, or for the script to see"
+            return _recover(job, f"rank {rank} lost its device ({reason})")
         case GraceOver(epoch=epoch):
             if not job.suspected or epoch != job.epoch:
                 return job, (), "the cause was found"
@@ -430,9 +445,13 @@ def _recover(job: Job, reason: str) -> Verdict:
 
 
 def _link_lost(job: Job, evidence: LinkLost) -> Verdict:
-    if evidence.epoch != job.epoch or job.broken or not _in_training(job):
+    if not _is_news(job, evidence.epoch):
         return job, (), "known already, or for the script to see"
     return replace(job, suspected=True), (), "a link is lost; its end may be reported"
+
+
+def _is_news(job: Job, epoch: int) -> bool:
+    return epoch == job.epoch and not job.broken and _in_training(job)
 
 
 def _done(job: Job) -> Verdict:
