@@ -26,7 +26,7 @@ from mnemosyne_plugin.events import EventLog
 PHASES = (
     *("data", "forward", "p2p", "backward", "reduce", "norm", "vote"),
     *("optimizer", "mid-optimizer", "gather", "between", "recovery"),
-    *("save", "save-vote", "load", "loaded"),
+    *("save", "save-ask", "save-end", "save-vote", "load", "loaded"),
 )
 
 

@@ -19,6 +19,7 @@ from mnemosyne_plugin.ccl.intercept import group_ids, serve_process_groups
 from mnemosyne_plugin.errors import (
     FatalError,
     NoSourceForState,
+    PeerLost,
     RecoverableError,
     StateMismatch,
 )
@@ -117,8 +118,7 @@ class Manager:
         self._passed_version = -1
         self.furthest_of_all = -1
         """The newest version that any rank had come to when a failure was seen."""
-        self.is_speaker = self.rank == 0
-        """Whether this rank prints what concerns all."""
+        self._speakers = set(range(self.world_size))
 
     # --- set-up -------------------------------------------------------------------
 
@@ -226,6 +226,14 @@ class Manager:
     def device_generation(self) -> int:
         """How many servers the device proxy has had; another one holds nothing."""
         return self._device.proxy.generation if self._device is not None else 0
+
+    @property
+    def is_speaker(self) -> bool:
+        """Whether this rank prints what concerns all; another one does if that died."""
+        failure = self.mesh.failure()
+        lost = {failure.rank} if isinstance(failure, PeerLost) else set()
+        living = self._speakers - lost or set(range(self.world_size)) - lost
+        return self.rank == min(living)
 
     @property
     def has_snapshots(self) -> bool:
@@ -618,7 +626,7 @@ class Manager:
             passed = max(decision.target, furthest - 1)
             self._passed_version = max(self._passed_version, passed)
         others = {report.rank for report in reports} - set(decision.newcomers)
-        self.is_speaker = self.rank == min(others)
+        self._speakers = others
         return decision
 
     def _exchange_reports(self) -> list[Report]:

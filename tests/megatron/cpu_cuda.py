@@ -4,6 +4,7 @@ Import it before Megatron. It changes torch in this process, for good:
 
 - devices: ``torch.cuda.current_device()`` is the CPU; factories, ``Tensor.cuda``,
   ``Tensor.to`` and ``Module.to`` take "cuda" for "cpu" and do not pin memory.
+  ``Tensor.to("cpu")`` copies, as it would from a GPU.
 - generators: the "CUDA" generator is the CPU's default one. A DataLoader's iterator
   draws a seed from that, which would move what on a GPU is another stream: fenced.
 - names: ``Tensor.type()`` says ``torch.cuda.FloatTensor``, which Megatron asks for.
@@ -121,6 +122,13 @@ def _devices() -> None:
     for cls in (torch.Tensor, torch.nn.Module):
         cls.cuda = _itself  # type: ignore[method-assign, assignment]
         cls.to = _to_cpu(cls.to)  # type: ignore[method-assign]
+    to = torch.Tensor.to
+
+    def copied(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = to(self, *args, **kwargs)
+        return result.clone() if result is self and args[:1] == ("cpu",) else result
+
+    torch.Tensor.to = copied  # type: ignore[method-assign, assignment]
     torch.Tensor.pin_memory = _itself  # type: ignore[method-assign, assignment]
     type_name = torch.Tensor.type
 

@@ -140,6 +140,26 @@ def log_losses(path: Path) -> None:
     training.train = logged
 
 
+def hold_writers(fifo: Path) -> None:
+    """Have the writers of the checkpoint of that name wait for its other end."""
+    strategies = "megatron.core.dist_checkpointing.strategies"
+    module = importlib.import_module(f"{strategies}.filesystem_async")
+    writers = module.FileSystemWriterAsync
+    write = writers.write_preloaded_data
+
+    def held(*args: Any, write_bucket: Any, **kwargs: Any) -> Any:
+        if Path(write_bucket[0]).parent.name == fifo.name:
+            fifo.read_bytes()
+        return write(*args, write_bucket=write_bucket, **kwargs)
+
+    writers.write_preloaded_data = held
+
+
+# Here, for the processes that write import this as well.
+if name := os.environ.get("HELD_SAVE"):
+    hold_writers(Path(name))
+
+
 def main() -> None:
     if path := os.environ.get("LOSS_LOG"):
         log_losses(Path(path))

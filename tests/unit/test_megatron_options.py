@@ -53,7 +53,11 @@ def test_each_option_sets_its_choice() -> None:
     [
         ("--mnemosyne-buddies 2", {}, "--mnemosyne-buddies needs --mnemosyne"),
         ("--mnemosyne --mnemosyne-buddies 0", {}, "--mnemosyne-buddies must be"),
-        ("--mnemosyne", {"async_save": True}, "cannot protect --async-save"),
+        (
+            "--mnemosyne",
+            {"async_save": True, "async_strategy": "nvrx"},
+            "--async-strategy nvrx yet; add --async-strategy mcore",
+        ),
         ("--mnemosyne", {"iterations_to_skip": [3]}, "--iterations-to-skip"),
     ],
 )

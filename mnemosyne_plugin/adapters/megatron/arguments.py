@@ -20,7 +20,6 @@ _HELP = {
 }
 # Whole jobs that this version does not protect: the argument, and what it is.
 _UNPROTECTED = {
-    "async_save": "--async-save",
     "use_torch_fsdp2": "--use-torch-fsdp2",
     "use_megatron_fsdp": "--use-megatron-fsdp",
     "iterations_to_skip": "--iterations-to-skip",
@@ -94,6 +93,12 @@ def config_of(args: argparse.Namespace) -> Config | None:
     for name, option in _UNPROTECTED.items():
         if getattr(args, name, None):
             raise ConfigError(f"mnemosyne cannot protect {option} yet; leave one out")
+    strategy = getattr(args, "async_strategy", "mcore")
+    if getattr(args, "async_save", False) and strategy != "mcore":
+        raise ConfigError(
+            f"mnemosyne cannot protect --async-save by --async-strategy {strategy} "
+            "yet; add --async-strategy mcore"
+        )
     return Config.from_section(given, "--mnemosyne-", _dashed)
 
 

@@ -6,11 +6,15 @@ in a file only when all of it is written.
 """
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
+
+from mnemosyne_plugin.adapters.megatron.background import Background
 from mnemosyne_plugin.adapters.megatron.evaluation import Evaluation
 from mnemosyne_plugin.adapters.megatron.loop import Loop
 from mnemosyne_plugin.adapters.megatron.state import MegatronState
@@ -18,6 +22,7 @@ from mnemosyne_plugin.adapters.whole_step import WholeStep
 from mnemosyne_plugin.recovery.manager import Manager
 
 _TRACKER = "latest_checkpointed_iteration.txt"
+_ERRORS = (Exception, CheckpointException)  # which is a BaseException
 
 
 class Saves:
@@ -37,6 +42,7 @@ class Saves:
         self._loop = loop
         self._whole = whole
         self._args = module.get_args()
+        self._background = Background(manager, self._args)
         self._may_give_up = False
         self._newest = _read_tracker(self._args.load)
         if self._newest is not None:
@@ -46,6 +52,7 @@ class Saves:
         """Put the wrappers in place."""
         module = self._module
         self._save = module.save_checkpoint
+        self._signature = inspect.signature(self._save)
         module.save_checkpoint = self.save
         module.save_checkpoint_and_time = self._given_up(
             module.save_checkpoint_and_time, "a checkpoint"
@@ -53,6 +60,11 @@ class Saves:
         module.evaluate_and_print_results = Evaluation(
             module.evaluate_and_print_results, self._loop
         ).wrapped(lambda call: self._given_up(call, "an evaluation"))
+        if self._args.async_save:
+            self._background.install()
+            self._finish = module.maybe_finalize_async_save
+            self._finish_together = self._given_up(self._ask, "a checkpoint")
+            module.maybe_finalize_async_save = self.finish
         if self._args.save:
             self._manager.offer_stop(self.stop)
 
@@ -63,6 +75,19 @@ class Saves:
         else:  # behind the last step: newcomers come here as well
             self._loop.count_samples()
             self._until_written(lambda: self._write(iteration, *args, **kwargs))
+
+    def finish(self, blocking: bool = False, terminate: bool = False) -> None:
+        """In place of maybe_finalize_async_save."""
+        self._give_up_outdated()
+        if self._background.is_writing:
+            if self._finish_together(blocking, terminate):
+                return
+            self._background.give_up()
+        self._finish(blocking, terminate)
+
+    def _ask(self, *args: Any) -> None:
+        self._manager.phase("save-ask")
+        self._finish(*args)
 
     def stop(self) -> None:
         """Save the state in front of a step, and end."""
@@ -88,28 +113,50 @@ class Saves:
             put_back = self._loop.modes()
             try:
                 write()
-            except Exception:
+                if self._background.is_writing:
+                    manager.mesh.hold_replay(True)
+                    self._finish(blocking=True)
+            except _ERRORS:
                 if manager.is_setting_up or not manager.has_failed:
                     raise
                 put_back()
                 self._mend_tracker()
+                self._background.give_up()
                 self._whole.catch_up()
             finally:
+                manager.mesh.hold_replay(False)
                 manager.mesh.absorb(True)
 
     def _write(self, iteration: int, *args: Any, **kwargs: Any) -> None:
         manager = self._manager
         manager.phase("save")
+        self._give_up_outdated()
+        written = functools.partial(self._written, iteration, manager.version)
+        given = self._signature.bind(iteration, *args, **kwargs).arguments
+        self._background.begin(written, given.get("checkpointing_context"))
         manager.mesh.hold_replay(True)  # a newcomer may still be in its set-up
         try:
             self._save(iteration, *args, **kwargs)
         finally:
             manager.mesh.hold_replay(False)
+        if not self._args.async_save:
+            written()
+
+    def _written(self, iteration: int, version: int) -> None:
+        """The checkpoint that was made at ``version`` is whole."""
+        manager = self._manager
         manager.phase("save-vote")
         manager.barrier()
         self._newest = iteration
-        manager.saved = (manager.version, 1)
+        manager.saved = (version, 1)
         manager.checkpoint = str(Path(self._args.save, _folder(iteration)))
+
+    def _give_up_outdated(self) -> None:
+        """Behind a recovery: what was begun in front of it is not finished."""
+        if self._background.is_outdated():
+            if self._background.is_writing:
+                self._say("a checkpoint")
+            self._background.give_up()
 
     def _given_up(self, function: Callable[..., Any], what: str) -> Callable[..., bool]:
         """Return ``function``, which gives up where a worker is lost: False."""
@@ -128,7 +175,7 @@ class Saves:
             try:
                 function(*args, **kwargs)
                 return True
-            except Exception:
+            except _ERRORS:
                 if not manager.has_failed:
                     raise
                 put_back()
