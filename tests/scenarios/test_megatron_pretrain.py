@@ -114,7 +114,7 @@ def test_pretrain_survives_saves_when_told_to_end_and_resumes(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_a_torch_dist_checkpoint_is_given_up_while_another_process_writes_it_too(
     cluster: Job, tmp_path: Path
 ) -> None:
@@ -124,7 +124,7 @@ def test_a_torch_dist_checkpoint_is_given_up_while_another_process_writes_it_too
         folder, args = tmp_path / f"job_{name}", (*common.split(), *args)
         options |= {"num_ranks": 2, "chaos": chaos}
         job = pretrain(cluster, folder, *args, **options)
-        assert job.wait(120) == [0], job.output()
+        assert job.wait(180) == [0], job.output()
         check(job, chaos)
         return job
 
