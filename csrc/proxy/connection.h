@@ -112,7 +112,8 @@ class Connection {
   // How long the longest wait for the server that is in progress has taken.
   double waitingSeconds() const;
 
-  // An eventfd that becomes readable when a server is lost; the caller reads it.
+  // An eventfd that becomes readable when a server is lost; the caller reads
+  // it.
   int lostFd();
 
   State state() const { return state_.load(); }

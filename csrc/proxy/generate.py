@@ -176,9 +176,12 @@ def unsupported_file(functions: list[Function]) -> str:
         for f in functions
         if f.kind == "unsupported"
     )
+    names = "".join(f'\n  "{f.name}\\n"' for f in functions if f.kind == "unsupported")
     return (
         f'{HEAD}#include "proxy/forward.h"\n\n'
         f"using mnemosyne::proxy::noteUnsupported;\n\n{stubs}"
+        "// The names of all these, a line each.\n"
+        f"{EXPORT} const char* mnemosyne_proxy_unsupported() {{\n  return{names};\n}}\n"
     )
 
 

@@ -9,6 +9,7 @@ one ``optimizer.step()``. If a worker is lost in it, it is run again on repaired
 """
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -210,4 +211,6 @@ def attach(
         model.reducer = _FixedBuckets(model.reducer)  # type: ignore[assignment]
     state = _DdpState(model, optimizer, scheduler)
     manager.attach(state, positions())
+    if manager.has_device_proxy and manager.is_speaker:
+        print(f"mnemosyne: {manager.describe_device()}", file=sys.stderr, flush=True)
     return Session(manager, state.buffers, optimizer, model)

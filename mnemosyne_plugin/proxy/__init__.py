@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mnemosyne_plugin.errors import ConfigError, FatalError
+from mnemosyne_plugin.proxy import elf
 
 _FOLDER = Path(__file__).parent / "lib"
 _CLIENT = ("libmnemosyne_client.so", "libcuda.so.1")
@@ -112,6 +113,16 @@ class DeviceProxy:
         counts = (ctypes.c_uint64 * 4)()
         self._c.mnemosyne_proxy_counts(counts)
         return dict(zip(("commands", "calls", "bytes", "refused"), counts, strict=True))
+
+    def unsupported_imports(self, folder: Path) -> list[str]:
+        """Return what the libraries in torch's ``folder`` import and would not get."""
+        get = self._c.mnemosyne_proxy_unsupported
+        get.restype = ctypes.c_char_p
+        unsupported = set(get().decode().split())
+        libraries = ("libtorch_cuda.so", "libc10_cuda.so", "libtorch_python.so")
+        paths = [folder / name for name in libraries]
+        names = (elf.dynamic_names(path) for path in paths if path.exists())
+        return sorted(unsupported.intersection(set().union(*names)))
 
     def recover(self, timeout_s: float) -> None:
         """Start a new server, with all memory at its old addresses, full of NaN.

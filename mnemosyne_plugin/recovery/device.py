@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ _START_TIMEOUT_S = 120.0
 HANG_TIMEOUT_S = 600.0
 """The longest wait for the device; as long as NCCL's watchdog waits by default."""
 _LAST_NCCL_RESULT = 8
+_NUM_NAMED = 8
 _GRACE_S = 10.0  # for what waited for other ranks to end, once it is aborted
 
 
@@ -46,6 +48,18 @@ class Device:
     def is_in_use(self) -> bool:
         """Whether torch has begun to use it."""
         return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+    def describe(self) -> str:
+        """Return a line for the start: what is on, and what will not work."""
+        missing = self.proxy.unsupported_imports(Path(torch.__file__).parent / "lib")
+        names = ", ".join(missing[:_NUM_NAMED]) + (
+            ", ..." if missing[_NUM_NAMED:] else ""
+        )
+        name = torch.cuda.get_device_name() if self.is_in_use else "not in use yet"
+        return (
+            f"device proxy on ({name}, server {self.proxy.server_pid}); torch imports "
+            f"{len(missing)} functions that it does not support: {names}"
+        )
 
     def look(self) -> None:
         """Fence the mesh if the device is lost, or a communicator has failed."""

@@ -17,6 +17,7 @@ from typing import Any
 from mnemosyne_plugin import ccl
 from mnemosyne_plugin.ccl.intercept import group_ids, serve_process_groups
 from mnemosyne_plugin.errors import (
+    ConfigError,
     FatalError,
     NoSourceForState,
     PeerLost,
@@ -216,6 +217,18 @@ class Manager:
     def has_device_proxy(self) -> bool:
         """Whether the device may be lost without this process."""
         return self._device is not None
+
+    def refuse_device_proxy(self, trainer: str) -> None:
+        """Raise ConfigError if there is one: this trainer cannot lose its device."""
+        if self._device is not None:
+            raise ConfigError(
+                f"this version cannot protect {trainer} under --device-proxy, only "
+                "plain DDP with mnemosyne_plugin.attach; leave the option out"
+            )
+
+    def describe_device(self) -> str:
+        """Return a line that says what the device proxy is doing; "" without one."""
+        return self._device.describe() if self._device is not None else ""
 
     @property
     def is_device_lost(self) -> bool:

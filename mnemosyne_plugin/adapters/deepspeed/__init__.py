@@ -140,4 +140,5 @@ def _manager() -> "Manager":
             "`mnemosyne run`: a launcher that kills all workers when one dies leaves "
             "nothing to recover; use `mnemosyne run`, or set mnemosyne.enabled to false"
         )
+    manager.refuse_device_proxy("DeepSpeed")
     return manager

@@ -106,6 +106,7 @@ def current_manager(why_not: str) -> "Manager":
     manager = recovery.current()
     if manager is None:
         raise ConfigError(why_not)
+    manager.refuse_device_proxy("Megatron")
     return manager
 
 
