@@ -121,7 +121,7 @@ def protect(
 
     has_loader: the trainer's own loader is at its place by itself.
     """
-    from mnemosyne_plugin.adapters.megatron import phases
+    from mnemosyne_plugin.adapters.megatron import nvidia, phases
     from mnemosyne_plugin.adapters.redundancy import Redundancy
     from mnemosyne_plugin.adapters.whole_step import WholeStep
     from mnemosyne_plugin.data import positions
@@ -130,6 +130,7 @@ def protect(
     redundancy = Redundancy.of(config, True, manager.nodes)
     is_to_speak = manager.rank == 0 and not manager.is_setting_up_alone
     if is_to_speak:
+        print(nvidia.line(state.optimizers), flush=True)
         print(
             redundancy.start_line(has_loader=has_loader or bool(positions())),
             flush=True,

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mnemosyne_plugin.adapters.megatron import experts, nvidia
 from mnemosyne_plugin.errors import ConfigError, StateMismatch
 from mnemosyne_plugin.state.manifest import Entry
 from mnemosyne_plugin.state.rng import add_rng
@@ -62,6 +63,9 @@ class MegatronState:
         self.chunks = tuple(chunks)
         self.optimizers = _parts(optimizer)
         self.optimizer = optimizer
+        # A part without parameters has one too, and scales the loss by it.
+        scalers = (getattr(part, "grad_scaler", None) for part in _chain(optimizer))
+        self._scalers = [scaler for scaler in scalers if scaler is not None]
         self._askers = [optimizer, *(o for o in self.optimizers if o is not optimizer)]
         self.scheduler = scheduler
         self._counters = counters
@@ -80,6 +84,11 @@ class MegatronState:
             if id(parameter) not in derived
         }
         add_rng("megatron", _tracker_states, _set_tracker_states)
+        self._has_experts = any(
+            getattr(chunk.config, "num_moe_experts", None) for chunk in self.chunks
+        )
+        if self._has_experts:
+            experts.keep(self._model)
 
     # --- Shard --------------------------------------------------------------------
 
@@ -112,10 +121,9 @@ class MegatronState:
         return tensors
 
     def scalars(self) -> dict[str, Any]:
-        scalers = [getattr(part, "grad_scaler", None) for part in self.optimizers]
         values = {
             "optimizers": [optimizer_scalars(p.optimizer) for p in self.optimizers],
-            "scalers": [s.state_dict() if s is not None else None for s in scalers],
+            "scalers": [scaler.state_dict() for scaler in self._scalers],
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "buckets": [_progress(group) for group in self._groups],
             "asked": [getattr(o, _ASKED, None) for o in self._askers],
@@ -160,6 +168,8 @@ class MegatronState:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self._has_experts:
+            experts.drop(self._model)
         for group, values in zip(self._groups, progress, strict=True):
             _set_progress(group, values)
         if self._marked is not None:
@@ -173,12 +183,10 @@ class MegatronState:
 
     def _set(self, scalars: Mapping[str, Any]) -> None:
         scalars = copy.deepcopy(dict(scalars))
-        for part, values, scale in zip(
-            self.optimizers, scalars["optimizers"], scalars["scalers"], strict=True
-        ):
+        for part, values in zip(self.optimizers, scalars["optimizers"], strict=True):
             load_optimizer_scalars(part.optimizer, values)
-            if scale is not None:
-                part.grad_scaler.load_state_dict(scale)
+        for scaler, values in zip(self._scalers, scalars["scalers"], strict=True):
+            scaler.load_state_dict(values)
         if self.scheduler:
             _load_scheduler(self.scheduler, scalars["scheduler"])
         for group, values in zip(self._groups, scalars["buckets"], strict=True):
@@ -230,9 +238,14 @@ def _by_place(counts: Mapping[Any, int], places: Mapping[int, int]) -> dict[int,
     return {places[id(parameter)]: count for parameter, count in counts.items()}
 
 
+def _chain(optimizer: Any) -> list[Any]:
+    """Return the optimizers that a chain is made of."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
 def _parts(optimizer: Any) -> list[Any]:
-    """Return the optimizers that a chain is made of, without those of frozen models."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    """Return those of them that have parameters: frozen models have none."""
+    parts = _chain(optimizer)
     return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
 
 
@@ -303,3 +316,4 @@ def _check_supported(chunks: Sequence[Any], parts: Sequence[Any]) -> None:
             raise ConfigError(
                 "mnemosyne cannot protect overlap_param_gather_with_optimizer_step yet"
             )
+    nvidia.check(chunks)
