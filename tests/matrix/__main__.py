@@ -11,7 +11,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from matrix import deepspeed_plan, deepspeed_ways, megatron_plan  # noqa: E402
+from matrix import (  # noqa: E402
+    deepspeed_plan,
+    deepspeed_ways,
+    megatron_plan,
+    megatron_ways,
+)
 from matrix.plan import VICTIMS  # noqa: E402
 from matrix.runs import Runs  # noqa: E402
 from matrix.table import Table  # noqa: E402
@@ -20,6 +25,7 @@ PLANS = {
     "deepspeed": deepspeed_plan,
     "deepspeed-ways": deepspeed_ways,
     "megatron": megatron_plan,
+    "megatron-ways": megatron_ways,
 }
 FP16 = (
     "fp16: where the CPU has no instructions for it, DeepSpeed itself says `Type fp16 "
@@ -50,7 +56,8 @@ def main() -> int:
     for config, victim in rows:
         results = runs.row(config, victim, phases)
         show(table.row(f"{config.name} {victim}", results))
-    if any(config.dtype == "fp16" for config, _ in rows):
+    is_megatron = args.trainer.startswith("megatron")
+    if not is_megatron and any(config.dtype == "fp16" for config, _ in rows):
         show(FP16)
     show(f"{table.foot()}; {(time.monotonic() - begun) / 60:.1f} min")
     if table.counts["FAILED"]:

@@ -1,5 +1,6 @@
 """The ways of training with megatron.core that the matrix has."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -10,7 +11,15 @@ PHASES = (
     *("data", "forward", "p2p", "backward", "reduce", "norm", "vote"),
     *("mid-optimizer", "gather", "between", "recovery"),
 )
-_STEPS = num_steps(PHASES)
+_NAMES = {
+    "tp": "tensor",
+    "pp": "pipeline",
+    "v": "virtual",
+    "cp": "context",
+    "ep": "expert",
+    "do": "instances",
+}
+"""The parts of a layout; do: instances of the distributed optimizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,40 +27,42 @@ class Configuration:
     """One way of training."""
 
     layout: str
-    """TP x PP x DP, and how many chunks of the model a rank has."""
+    """What the ranks are divided by, and how many chunks of the model a rank has."""
     optimizer: str
     """plain or dist: each data-parallel rank has a part."""
     dtype: str
     overlaps: bool = False
     """Gradients are reduced, and parameters gathered, while the model runs."""
-    all_phases: ClassVar[tuple[str, ...]] = PHASES
+    what: str = ""
+    """What is special about it."""
+    args: tuple[str, ...] = ()
+    all_phases: tuple[str, ...] = PHASES
+    """The fewer, the shorter is a run."""
     script: ClassVar[Path] = Path(__file__).with_name("megatron_train.py")
     preload: ClassVar[tuple[str, ...]] = ("torch._dynamo",)
 
     @property
     def name(self) -> str:
         overlap = "+overlap" if self.overlaps else ""
-        return f"{self.layout}-{self.optimizer}{overlap}-{self.dtype}"
+        what = f" {self.what}" if self.what else ""
+        return f"{self.layout}-{self.optimizer}{overlap}-{self.dtype}{what}"
 
     @property
-    def _sizes(self) -> tuple[int, int, int]:
-        return {
-            "tp2": (2, 1, 0),
-            "pp2": (1, 2, 0),
-            "pp2v2": (1, 2, 2),
-            "tp2pp2": (2, 2, 0),
-        }[self.layout]
+    def _sizes(self) -> dict[str, int]:
+        parts = re.findall(r"([a-z]+)(\d)", self.layout)
+        return {name: int(size) for name, size in parts}
 
     @property
     def world_size(self) -> int:
-        tensor, pipeline, _ = self._sizes
-        return tensor * pipeline * 2
+        """Two replicas; four where nothing else needs as many ranks."""
+        sizes = self._sizes
+        return max(4, 2 * sizes.get("tp", 1) * sizes.get("pp", 1))
 
     @property
     def script_args(self) -> list[str]:
-        tensor, pipeline, virtual = self._sizes
-        args = [f"--steps={_STEPS}", f"--tensor={tensor}", f"--pipeline={pipeline}"]
-        args += [f"--virtual={virtual}", f"--dtype={self.dtype}"]
+        sizes = (f"--{_NAMES[name]}={size}" for name, size in self._sizes.items())
+        args = [f"--steps={num_steps(self.all_phases)}", f"--dtype={self.dtype}"]
+        args += [*sizes, *self.args]
         if self.optimizer == "dist":
             args.append("--distributed-optimizer")
         return args + ["--overlap"] * self.overlaps
@@ -61,7 +72,7 @@ class Configuration:
 
     def has_phase(self, phase: str) -> bool:
         if phase == "p2p":
-            return self._sizes[1] > 1
+            return "pp" in self._sizes
         return phase != "gather" or self.optimizer == "dist"
 
     def nth(self, phase: str) -> int:

@@ -20,15 +20,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from facts import append, digest  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.distributed import (  # noqa: E402
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
-    get_gpt_layer_local_spec,
-)
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.optimizer import (  # noqa: E402
     OptimizerConfig,
     get_megatron_optimizer,
@@ -37,15 +29,24 @@ from megatron.core.optimizer_param_scheduler import (  # noqa: E402
     OptimizerParamScheduler,
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.transformer.module import Float16Module  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from megatron.core.transformer.transformer_config import (  # noqa: E402
     TransformerConfig,
+)
+from megatron.core.utils import get_batch_on_this_cp_rank  # noqa: E402
+from megatron_model import (  # noqa: E402
+    DTYPES,
+    LENGTH,
+    VOCABULARY,
+    build_chunks,
+    transformer_config,
 )
 
 from mnemosyne_plugin.megatron import attach  # noqa: E402
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VOCABULARY, LENGTH, MICRO_BATCH, NUM_MICRO_BATCHES = 64, 8, 2, 4
+MICRO_BATCH, NUM_MICRO_BATCHES = 2, 4
+SPIKE = 1e9
+"""A loss times this has gradients that fp16 cannot hold."""
 
 
 def main() -> None:
@@ -55,6 +56,9 @@ def main() -> None:
         args.tensor,
         args.pipeline,
         virtual_pipeline_model_parallel_size=args.virtual or None,
+        context_parallel_size=args.context,
+        expert_model_parallel_size=args.expert,
+        num_distributed_optimizer_instances=args.instances,
     )
     for seed in (torch.manual_seed, numpy.random.seed, random.seed):
         seed(1)
@@ -67,7 +71,8 @@ def main() -> None:
     iterators: Any = [batches(session.step) for _ in chunks]
     for step in range(session.step, args.steps):
         data = iterators if args.virtual else iterators[0]
-        loss = session.run(train_step, data)
+        has_spike = args.spike is not None and step % 3 == args.spike
+        loss = session.run(train_step, data, has_spike)
         parts = state(chunks, optimizer, scheduler)
         short = {name: digest(part)[:8] for name, part in parts.items()}
         facts = {"loss": loss.hex(), **short}
@@ -75,59 +80,6 @@ def main() -> None:
         append(args.loss_log, f"{step} {dist.get_rank()} {line}")
     final = digest(state(chunks, optimizer, scheduler))
     append(args.final_state, f"{dist.get_rank()} {final}")
-
-
-def transformer_config(args: argparse.Namespace) -> TransformerConfig:
-    dtype = DTYPES[args.dtype]
-    return TransformerConfig(
-        num_layers=4,
-        hidden_size=16,
-        num_attention_heads=2,
-        tensor_model_parallel_size=args.tensor,
-        pipeline_model_parallel_size=args.pipeline,
-        virtual_pipeline_model_parallel_size=args.virtual or None,
-        pipeline_dtype=dtype,
-        params_dtype=dtype,
-        bf16=args.dtype == "bf16",
-        hidden_dropout=0.1,
-        attention_dropout=0.1,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        # Two sends between the same pair in one batch would cross.
-        batch_p2p_comm=not args.virtual,
-        overlap_p2p_comm=bool(args.virtual),
-    )
-
-
-def build_chunks(args: argparse.Namespace, config: TransformerConfig) -> list[Any]:
-    overlaps = args.overlap
-    ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=args.distributed_optimizer,
-        overlap_grad_reduce=overlaps,
-        overlap_param_gather=overlaps and args.distributed_optimizer,
-        grad_reduce_in_fp32=True,
-        bucket_size=2000,
-    )
-    chunks = []
-    for stage in range(args.virtual) if args.virtual else [None]:
-        place = {"ignore_virtual": False, "vp_stage": stage}
-        model: Any = GPTModel(
-            config=config,
-            transformer_layer_spec=get_gpt_layer_local_spec(),
-            vocab_size=VOCABULARY,
-            max_sequence_length=LENGTH,
-            pre_process=parallel_state.is_pipeline_first_stage(**place),
-            post_process=parallel_state.is_pipeline_last_stage(**place),
-            share_embeddings_and_output_weights=True,
-            vp_stage=stage,
-        )
-        if args.dtype != "fp32":
-            model = Float16Module(config, model)
-        chunk = DistributedDataParallel(config, ddp_config, model)
-        chunk.broadcast_params()
-        chunks.append(chunk)
-    return chunks
 
 
 def build_optimizer(
@@ -140,6 +92,10 @@ def build_optimizer(
             min_lr=1e-4,
             clip_grad=0.5,
             bf16=args.dtype == "bf16",
+            fp16=args.dtype == "fp16",
+            initial_loss_scale=2.0**10,
+            loss_scale_window=2,
+            hysteresis=1,
             params_dtype=DTYPES[args.dtype],
             use_distributed_optimizer=args.distributed_optimizer,
             overlap_param_gather=args.overlap and args.distributed_optimizer,
@@ -186,8 +142,10 @@ class Step:
         self._positions = torch.arange(LENGTH).expand(MICRO_BATCH, -1).contiguous()
         future = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)
         self._mask = torch.triu(future, 1)
+        self._has_spike = False
 
-    def __call__(self, data: Any) -> float:
+    def __call__(self, data: Any, has_spike: bool) -> float:
+        self._has_spike = has_spike
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
@@ -210,12 +168,20 @@ class Step:
 
     def _forward(self, data: Any, model: Any) -> tuple[Any, Any]:
         words = next(data)
-        inputs, labels = words[:, :-1].contiguous(), words[:, 1:].contiguous()
-        output = model(inputs, self._positions, self._mask, labels=labels)
+        batch = {
+            "inputs": words[:, :-1].contiguous(),
+            "labels": words[:, 1:].contiguous(),
+            "positions": self._positions,
+            "attention_mask": self._mask,
+        }
+        here = get_batch_on_this_cp_rank(batch)
+        mask, labels = here["attention_mask"], here["labels"]
+        output = model(here["inputs"], here["positions"], mask, labels=labels)
 
         def loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
             mean = output.float().mean()
-            return mean, {"lm": mean.detach().clone()}
+            lm = mean.detach().clone()
+            return (mean * SPIKE if self._has_spike else mean), {"lm": lm}
 
         return output, loss
 
@@ -233,15 +199,21 @@ def batches(first_step: int) -> Iterator[torch.Tensor]:
 
 def state(chunks: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
     """Return all that a step changes on this rank, by name; its own shards of it."""
-    inner = [part.optimizer for part in optimizer.chained_optimizers]
+    parts = optimizer.chained_optimizers
+    inner = [part.optimizer for part in parts]
     masters = [p for o in inner for group in o.param_groups for p in group["params"]]
     states = [o.state[p] for o in inner for g in o.param_groups for p in g["params"]]
+    scalers = [getattr(part, "grad_scaler", None) for part in parts]
+    aux = moe_utils.get_moe_layer_wise_logging_tracker()
     is_gathered = not chunks[0].ddp_config.overlap_param_gather
     return {
         # Where gathering overlaps, the next forward completes them.
         "params": [p for c in chunks for p in c.parameters()] if is_gathered else (),
         "masters": masters,
         "moments": [sorted(values.items()) for values in states],
+        "buffers": [buffer for c in chunks for _, buffer in c.named_buffers()],
+        "aux": {name: each["values"] for name, each in aux.items()},
+        "scaler": [s.state_dict() for s in scalers if s is not None],
         "lr": [group["lr"] for o in inner for group in o.param_groups],
         "scheduler": scheduler.num_steps,
         "rng": torch.get_rng_state(),
@@ -257,6 +229,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--virtual", type=int, default=0, help="chunks of each rank")
+    parser.add_argument("--context", type=int, default=1)
+    parser.add_argument("--expert", type=int, default=1)
+    parser.add_argument("--instances", type=int, default=1, help="of the optimizer")
+    parser.add_argument("--dispatcher", default="", help="of experts; none: no experts")
+    parser.add_argument("--expert-bias", action="store_true", help="balance by it")
+    parser.add_argument("--spike", type=int, help="step, modulo 3, that overflows")
     parser.add_argument("--distributed-optimizer", action="store_true")
     parser.add_argument("--overlap", action="store_true", help="reductions, gathers")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")

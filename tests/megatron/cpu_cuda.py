@@ -10,6 +10,7 @@ Import it before Megatron. It changes torch in this process, for good:
 - names: ``Tensor.type()`` says ``torch.cuda.FloatTensor``, which Megatron asks for.
 - streams, events, synchronize, nvtx and memory figures do nothing.
 - ``torch.compile`` returns what it is given: it would compile for a GPU.
+- ``have_experts``: for mixtures of experts.
 - ``claim_gpus``: ``torch.cuda.is_available()`` says yes, which ``pretrain`` insists on.
 """
 
@@ -204,6 +205,20 @@ def _streams() -> None:
 
 def _compile(function: Any = None, *args: Any, **kwargs: Any) -> Any:
     return function if function is not None else lambda given: given
+
+
+def have_experts() -> None:
+    """Have Megatron's mixtures of experts do without a GPU."""
+    moe = "megatron.core.transformer.moe."
+    utils: Any = importlib.import_module(moe + "moe_utils")
+    # It asks whether this is None; 0.16.1 has the name with Transformer Engine only.
+    utils.te_general_gemm = getattr(utils, "te_general_gemm", None)
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    dispatcher: Any = importlib.import_module(moe + "token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = to_cpu
 
 
 def claim_gpus() -> None:

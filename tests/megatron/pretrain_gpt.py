@@ -70,9 +70,11 @@ def model_provider(
     **kwargs: Any,
 ) -> Any:
     args = get_args()
+    if args.num_experts:
+        cpu_cuda.have_experts()
     return GPTModel(
         config=core_transformer_config_from_args(args),
-        transformer_layer_spec=get_gpt_layer_local_spec(),
+        transformer_layer_spec=get_gpt_layer_local_spec(args.num_experts),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
@@ -114,15 +116,12 @@ def log_losses(path: Path) -> None:
 
     def logging(*args: Any, **kwargs: Any) -> Any:
         result = train_step(*args, **kwargs)
-        loss = result[0].get("lm loss")
-        text = "-" if loss is None else float(loss).hex()
+        loss, norm = result[0].get("lm loss"), result[5]
         sha = hashlib.sha256()
         for chunk in args[2]:
             for parameter in chunk.parameters():
                 sha.update(parameter.data.view(-1).view(torch.uint8).numpy().tobytes())
-        facts = (
-            f"loss:{text},norm:{float(result[5]).hex()},params:{sha.hexdigest()[:8]}"
-        )
+        facts = f"loss:{exact(loss)},norm:{exact(norm)},params:{sha.hexdigest()[:8]}"
         line = f"{get_args().curr_iteration} {torch.distributed.get_rank()} {facts}\n"
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.write(file, line.encode())
@@ -158,6 +157,11 @@ def hold_writers(fifo: Path) -> None:
 # Here, for the processes that write import this as well.
 if name := os.environ.get("HELD_SAVE"):
     hold_writers(Path(name))
+
+
+def exact(value: Any) -> str:
+    """Return the bits of a number; ranks without a loss, overflows without a norm."""
+    return "-" if value is None else float(value).hex()
 
 
 def main() -> None:
