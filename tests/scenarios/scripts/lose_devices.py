@@ -1,0 +1,92 @@
+"""The DDP example; ranks lose their devices at given points of given steps.
+
+The device is emulated, and torch has no CUDA here: each rank owns a few bytes of it, so
+that there is a server. What a loss takes is played by NaN in parameters and moments.
+"""
+
+import argparse
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
+
+import ddp_cpu  # noqa: E402
+
+import mnemosyne_plugin  # noqa: E402
+from mnemosyne_plugin import proxy  # noqa: E402
+
+
+class Losing:
+    """Loses the device once at each point that this rank was told."""
+
+    def __init__(self, points: set[tuple[int, str]]) -> None:
+        self._points = points
+        self._calls = -1
+        self.step = 0
+
+    def at(self, name: str) -> None:
+        if (self.step, name) not in self._points:
+            return
+        self._points.remove((self.step, name))
+        device = proxy.loaded()
+        assert device is not None
+        device.kill()
+        # The state is what the next call of CUDA tells, so make one.
+        assert ctypes.CDLL(None).cudaDeviceSynchronize() != 0
+        while not device.is_lost:
+            os.sched_yield()
+        with torch.no_grad():
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.fill_(torch.nan)
+                    for value in self.optimizer.state.get(parameter, {}).values():
+                        value.fill_(torch.nan)
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        optimizer.register_step_pre_hook(lambda *_: self.at("optimizer"))
+        optimizer.register_step_post_hook(lambda *_: self.at("mutated"))
+
+
+class Hooked(torch.nn.Module):
+    """Returns its input, and reaches two points with it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        losing.at("forward")
+        y = x.clone()
+        if y.requires_grad:
+            y.register_hook(lambda _: losing.at("backward"))
+        return y
+
+
+def attach(**options: object) -> object:
+    session = plain_attach(**options)
+    losing.watch(options["optimizer"])
+    run = session.run
+
+    def counting_run(*args: object) -> object:
+        losing.step = session.step
+        losing.at("between")
+        return run(*args)
+
+    session.run = counting_run
+    return session
+
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--lose", nargs="*", default=[], help="RANK:STEP:POINT")
+ours, sys.argv[1:] = parser.parse_known_args()
+wanted = [text.split(":") for text in ours.lose]
+losing = Losing({(int(s), p) for r, s, p in wanted if r == os.environ["RANK"]})
+plain_attach, mnemosyne_plugin.attach = mnemosyne_plugin.attach, attach
+build_model = ddp_cpu.build_model
+ddp_cpu.build_model = lambda: build_model().append(Hooked())
+address = ctypes.c_void_p()
+cuda = ctypes.CDLL(None)
+if hasattr(cuda, "cudaMalloc"):
+    assert cuda.cudaMalloc(ctypes.byref(address), ctypes.c_size_t(1024)) == 0
+ddp_cpu.main()

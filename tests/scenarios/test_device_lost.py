@@ -1,0 +1,74 @@
+"""`mnemosyne run --device-proxy`: a lost device costs a step, and no worker."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster import LocalCluster
+from verdict import (
+    assert_redone_at_most_once,
+    assert_same_training,
+    assert_survivors_stayed,
+)
+
+SCRIPT = Path(__file__).parent / "scripts" / "lose_devices.py"
+STEPS = 24
+NUM_RANKS = 3
+Job = Callable[..., LocalCluster]
+
+
+@pytest.mark.timeout(180)
+def test_a_lost_device_costs_no_worker_and_no_bit(cluster: Job, tmp_path: Path) -> None:
+    def job_in(folder: Path, lose: list[str], launch: list[str]) -> LocalCluster:
+        return cluster(
+            folder=folder,
+            script=SCRIPT,
+            script_args=[
+                f"--steps={STEPS}",
+                f"--loss-log={folder / 'losses.txt'}",
+                "--lose",
+                *lose,
+            ],
+            procs_per_agent=NUM_RANKS,
+            num_standbys=0,
+            preload=["torch._dynamo"],
+            launch_args=launch,
+            env={"MNEMOSYNE_PROXY_DEVICE": "emulated"},
+        )
+
+    healthy = job_in(tmp_path / "healthy", [], [])
+    assert healthy.wait(60) == [0], healthy.output()
+    lose = [
+        *("1:2:forward", "2:4:backward", "0:6:optimizer", "1:8:mutated"),
+        *("2:10:between", "0:12:forward", "1:12:forward", "2:0:backward"),
+        *("0:14:optimizer", "1:14:mutated", "2:16:mutated", "0:17:between"),
+    ]
+    job = job_in(tmp_path / "lost", lose, ["--device-proxy"])
+    assert job.wait(90) == [0], job.output()
+    assert_same_training(job, healthy, {})
+    assert_survivors_stayed(job, {})
+    assert_redone_at_most_once(job)
+    assert len(job.events("device_recovered")) == len(lose), job.output()
+    assert all(e.fields["links_replaced"] == 0 for e in job.events("reconfigured"))
+    job.check_nothing_is_left()
+
+
+@pytest.mark.timeout(120)
+def test_a_job_whose_devices_are_all_lost_ends_and_says_why(
+    cluster: Job, tmp_path: Path
+) -> None:
+    lose = [f"{rank}:3:forward" for rank in range(NUM_RANKS)]
+    job = cluster(
+        folder=tmp_path / "job",
+        script=SCRIPT,
+        script_args=[f"--steps={STEPS}", "--lose", *lose],
+        procs_per_agent=NUM_RANKS,
+        num_standbys=0,
+        preload=["torch._dynamo"],
+        launch_args=["--device-proxy"],
+        env={"MNEMOSYNE_PROXY_DEVICE": "emulated"},
+    )
+    assert job.wait(60) == [3], job.output()
+    assert "no rank is left that holds the state" in job.output()
+    job.check_nothing_is_left()
