@@ -40,6 +40,7 @@ from mnemosyne_plugin.state.snapshot import Footprint, Shard
 logger = logging.getLogger(__name__)
 
 _NUM_BUDDIES = 2  # without shards: a rank and its neighbour may be lost at once
+_MAX_VAIN = 4  # repairs of a job that has not come further, with nobody lost
 _TIMEOUT_S = 1800.0  # longest wait for a membership: a fresh worker may be starting
 
 
@@ -120,6 +121,9 @@ class Manager:
         self.furthest_of_all = -1
         """The newest version that any rank had come to when a failure was seen."""
         self._speakers = set(range(self.world_size))
+        self._place = (-1, -1)  # where the last recovery found the job
+        self._num_vain = 0
+        self._failure: Exception | None = None
 
     # --- set-up -------------------------------------------------------------------
 
@@ -586,6 +590,7 @@ class Manager:
     def _recover_once(self, deadline: float) -> Decision:
         failure = self.mesh.failure()
         if failure is not None or self._agent.membership.epoch > self.mesh.epoch:
+            self._failure = failure or self._failure
             self._enter(State.FENCED)
             if self._device is not None:
                 self._device.recover()
@@ -628,6 +633,7 @@ class Manager:
         except NoSourceForState as error:
             where = self.checkpoint or "none was saved or loaded in this run"
             raise NoSourceForState(f"{error} ({where})", error.keys) from None
+        self._check_headway(decision, max(report.furthest for report in reports))
         # Where the job is behind it, all have loaded.
         left = [load for load in loads if load["version"] >= decision.target]
         self.owed = left[0] if left else {}
@@ -641,6 +647,19 @@ class Manager:
         others = {report.rank for report in reports} - set(decision.newcomers)
         self._speakers = others
         return decision
+
+    def _check_headway(self, decision: Decision, furthest: int) -> None:
+        """Raise StateMismatch where the job comes back to the same place for ever."""
+        before, self._place = self._place, (decision.target, furthest)
+        is_vain = self._place == before and not decision.newcomers
+        self._num_vain = self._num_vain + 1 if is_vain else 0
+        if self._num_vain == _MAX_VAIN:
+            raise StateMismatch(
+                f"{_MAX_VAIN} repairs in a row have not brought the job past step "
+                f"{furthest}, and no worker was lost: does every rank run the same "
+                f"collectives? The last failure: {self._failure}",
+                key="step",
+            )
 
     def _exchange_reports(self) -> list[Report]:
         report = Report(

@@ -23,6 +23,17 @@ def test_an_exception_that_comes_back_ends_the_job_with_its_traceback(
     job.check_nothing_is_left()
 
 
+@pytest.mark.timeout(90)
+def test_ranks_that_stay_out_of_step_end_the_job(train: Job) -> None:
+    script = SCRIPT.with_name("out_of_step.py")
+    job = train(steps=20, script=script, procs_per_agent=2, num_standbys=0)
+    assert job.wait(60) == [3], job.output()
+    assert "not brought the job past step 6, and no worker was lost" in job.output()
+    assert "The last failure: all-reduce of group" in job.output()
+    assert [len(job.pids(rank)) for rank in range(2)] == [1, 1]
+    job.check_nothing_is_left()
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("text", [None, b"", b"short"])
 def test_a_bad_corpus_is_a_one_line_error(text: bytes | None, tmp_path: Path) -> None:
