@@ -317,6 +317,27 @@ TEST(a_kernel_runs_as_the_host_function_of_its_name) {
   });
 }
 
+TEST(a_pattern_names_many_kernels_and_a_full_name_comes_first) {
+  static int called;
+  const auto calls = [](void* function) {
+    called = 0;
+    CHECK(launchAdd(function, {0, 0, 1}, nullptr));
+    CHECK(cuCtxSynchronize());
+    return called;
+  };
+  withDevice("", [&] {
+    openContext();
+    mnemosyne_emulated_register_kernel("_Z*addI*EvT_",
+                                       [](auto&) { called = 1; });
+    mnemosyne_emulated_register_kernel("_Z*", [](auto&) { called = 2; });
+    mnemosyne_emulated_register_kernel("_Z3addIlEvT_",
+                                       [](auto&) { called = 3; });
+    EXPECT_EQ(calls(kernelNamed("_Z3addIiEvT_")), 1);
+    EXPECT_EQ(calls(kernelNamed("_Z3subIiEvT_")), 2);
+    EXPECT_EQ(calls(kernelNamed("_Z3addIlEvT_")), 3);
+  });
+}
+
 TEST(an_unknown_kernel_is_not_found_or_skipped_and_counted) {
   static const uint32_t kEmpty[4] = {0xba55ed50, 0x00100001, 0, 0};
   withDevice("", [] {

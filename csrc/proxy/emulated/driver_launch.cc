@@ -1,7 +1,9 @@
 // The driver: libraries, kernels and launches.
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "proxy/emulated/driver.h"
@@ -133,10 +135,10 @@ bool isLaunchable(const LaunchConfig& config, const LoadedKernel& kernel) {
 }
 
 Operation operationOf(const LaunchConfig& config, Kernel* kernel,
-                      Buffer buffer) {
+                      const std::string& name, Buffer buffer) {
   Operation operation;
   operation.is_counted = true;
-  operation.body = [kernel, grid = config.grid, block = config.block,
+  operation.body = [kernel, name, grid = config.grid, block = config.block,
                     shared_bytes = config.shared_memory_bytes,
                     buffer = std::move(buffer)]() -> int {
     if (kernel == nullptr) return kCudaSuccess;
@@ -147,6 +149,12 @@ Operation operationOf(const LaunchConfig& config, Kernel* kernel,
     launch.parameters = buffer.data();
     launch.parameters_bytes = buffer.size();
     kernel(launch);
+    if (launch.error != kCudaSuccess) {
+      std::fprintf(stderr,
+                   "emulated device: kernel %s with %zu bytes of parameters "
+                   "ends with error %d\n",
+                   name.c_str(), launch.parameters_bytes, launch.error);
+    }
     return launch.error;
   };
   return operation;
@@ -254,7 +262,8 @@ MNEMOSYNE_EXPORT int cuLaunchKernelEx(const LaunchConfig* config,
             return wrong;
           }
         }
-        operation = operationOf(*config, kernel, std::move(buffer));
+        operation =
+            operationOf(*config, kernel, loaded.name, std::move(buffer));
         return kCudaSuccess;
       });
   if (error != kCudaSuccess) return error;

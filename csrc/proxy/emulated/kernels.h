@@ -2,28 +2,27 @@
 // functions need nothing but this header; the emulated device finds them under
 // the name that the kernel has in its fat binary (the mangled one):
 //
-//   void add(const Launch& launch) {  // __global__ add(float* y, const float*
-//   x)
-//     auto* y = launch.parameter<float*>(0);
-//     auto* x = launch.parameter<const float*>(8);
+//   void add(const Launch& launch, float* y, const float* x) {
 //     forEachThread(launch, [&](Dim3 block, Dim3 thread) {
 //       const size_t i = block.x * launch.block.x + thread.x;
 //       y[i] += x[i];
 //     });
 //   }
 //
-//   extern "C" void mnemosyne_register_kernels(RegisterKernel* registerKernel)
-//   {
-//     registerKernel("_Z3addPfPKf", add);
+//   extern "C" void mnemosyne_register_kernels(RegisterKernel* add_to) {
+//     add_to("_Z3addPfPKf", onHost<add>);
 //   }
 //
-// A library with such functions is named in the environment variable
+// In a name, `*` stands for anything: one function for many instances of a
+// template. A library with such functions is named in the environment variable
 // MNEMOSYNE_EMULATED_KERNELS: paths with colons in between.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
+#include <type_traits>
 
 #include "proxy/cuda_abi.h"
 
@@ -74,6 +73,31 @@ void forEachThread(const Launch& launch, Body&& body) {
           for (thread.y = 0; thread.y < launch.block.y; ++thread.y)
             for (thread.x = 0; thread.x < launch.block.x; ++thread.x)
               body(block, thread);
+}
+
+// Calls the function with what it wants, taken from where C++ lays the
+// parameters. One that wants others than were passed breaks the device.
+template <auto function, typename... Parameters>
+void call(const Launch& launch, void (*)(const Launch&, Parameters...)) {
+  size_t end = 0;
+  [[maybe_unused]] const auto place = [&end](size_t alignment, size_t size) {
+    const size_t begin = (end + alignment - 1) / alignment * alignment;
+    end = begin + size;
+    return begin;
+  };
+  // In braces the order is from the left to the right.
+  const std::tuple<std::decay_t<Parameters>...> parameters{
+      launch.parameter<std::decay_t<Parameters>>(
+          place(alignof(Parameters), sizeof(Parameters)))...};
+  if (end != launch.parameters_bytes) launch.fail(kCudaInvalidValue);
+  if (launch.error != kCudaSuccess) return;
+  std::apply([&](auto&... each) { function(launch, each...); }, parameters);
+}
+
+// The kernel whose parameters are those of the function behind the launch.
+template <auto function>
+void onHost(const Launch& launch) {
+  call<function>(launch, function);
 }
 
 }  // namespace mnemosyne::proxy::emulated

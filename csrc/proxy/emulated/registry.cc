@@ -1,6 +1,7 @@
 #include "proxy/emulated/registry.h"
 
 #include <dlfcn.h>
+#include <fnmatch.h>
 
 #include <cstdio>
 #include <sstream>
@@ -35,13 +36,28 @@ std::string Registry::load(const char* paths) {
 
 void Registry::add(const std::string& device_name, Kernel* kernel) {
   std::lock_guard<std::mutex> lock(mutex_);
-  kernels_[device_name] = kernel;
+  if (device_name.find('*') == std::string::npos) {
+    kernels_[device_name] = kernel;
+  } else {
+    patterns_.emplace_back(device_name, kernel);
+    matched_.clear();
+  }
 }
 
 Kernel* Registry::find(const std::string& device_name) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = kernels_.find(device_name);
-  return found == kernels_.end() ? nullptr : found->second;
+  const auto named = kernels_.find(device_name);
+  if (named != kernels_.end()) return named->second;
+  const auto [found, is_new] = matched_.try_emplace(device_name, nullptr);
+  if (is_new) {
+    for (const auto& [pattern, kernel] : patterns_) {
+      // Mangled names have none of the other characters that are special.
+      if (fnmatch(pattern.c_str(), device_name.c_str(), 0) != 0) continue;
+      found->second = kernel;
+      break;
+    }
+  }
+  return found->second;
 }
 
 void Registry::skipped(const std::string& device_name) {

@@ -5,6 +5,8 @@
 #include <set>
 #include <string>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 #include "proxy/emulated/kernels.h"
 
@@ -17,6 +19,8 @@ class Registry {
   // one, or nothing.
   std::string load(const char* paths);
 
+  // A name may be a pattern, where `*` stands for anything. A full name comes
+  // before a pattern, and an earlier pattern before a later one.
   void add(const std::string& device_name, Kernel* kernel);
   Kernel* find(const std::string& device_name) const;
 
@@ -27,6 +31,9 @@ class Registry {
  private:
   mutable std::mutex mutex_;
   std::unordered_map<std::string, Kernel*> kernels_;
+  std::vector<std::pair<std::string, Kernel*>> patterns_;
+  // What the patterns gave for a name, or null.
+  mutable std::unordered_map<std::string, Kernel*> matched_;
   std::set<std::string> skipped_;
   size_t num_skipped_ = 0;
 };

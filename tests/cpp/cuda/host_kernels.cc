@@ -1,15 +1,13 @@
 // The kernels of vector_add.cu and mlp.cu as functions of the host, for the
 // emulated device. Each gets the grid, then what the kernel gets; memory of the
 // device is memory of the host there.
-#include <tuple>
-#include <utility>
-
 #include "proxy/emulated/kernels.h"
 
 namespace {
 
 using mnemosyne::proxy::emulated::forEachThread;
 using mnemosyne::proxy::emulated::Launch;
+using mnemosyne::proxy::emulated::onHost;
 using mnemosyne::proxy::emulated::RegisterKernel;
 
 // Calls body(i) with what a kernel gets out of blockIdx.x, blockDim.x and
@@ -127,26 +125,6 @@ void descend(const Launch& launch, float* weights, const float* gradients,
              float rate, int count) {
   forEachIndex(launch, count,
                [&](int i) { weights[i] -= rate * gradients[i]; });
-}
-
-// What a function wants, taken from where C++ lays the parameters.
-template <auto function, typename... Parameters>
-void call(const Launch& launch, void (*)(const Launch&, Parameters...)) {
-  size_t end = 0;
-  [[maybe_unused]] const auto place = [&end](size_t alignment, size_t size) {
-    const size_t begin = (end + alignment - 1) / alignment * alignment;
-    end = begin + size;
-    return begin;
-  };
-  // In braces the order is from the left to the right.
-  const std::tuple<Parameters...> parameters{launch.parameter<Parameters>(
-      place(alignof(Parameters), sizeof(Parameters)))...};
-  std::apply([&](auto... each) { function(launch, each...); }, parameters);
-}
-
-template <auto function>
-void onHost(const Launch& launch) {
-  call<function>(launch, function);
 }
 
 }  // namespace
