@@ -11,8 +11,10 @@ BUILT     := $(VENV)/built
 # megatron.training is in the wheels for Python 3.12 only; its Python files run here too.
 MEGATRON_LM := 0.17.0
 UNPACKED    := $(VENV)/megatron-lm-$(MEGATRON_LM)
-CPP       := $(shell find csrc tests/cpp -name '*.cc' -o -name '*.h' 2>/dev/null)
+CPP       := $(shell find csrc tests -name '*.cc' -o -name '*.h' 2>/dev/null)
 NATIVE    := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+CUDA_VENV := .venv-cuda
 
 # Several processes per core already: more threads only make them slower.
 export OMP_NUM_THREADS := 1
@@ -56,6 +58,16 @@ cpp asan tsan: $(INSTALLED)
 
 sanitize: asan tsan
 
+# torch's CUDA build as it is, on the device proxy and the emulated device. It takes 5 GB.
+.PHONY: torch-kernels test-proxy-torch
+torch-kernels: $(INSTALLED)
+	$(BIN)/cmake -S tests/proxy_torch -B build/proxy_torch -G Ninja \
+	    -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build build/proxy_torch
+
+test-proxy-torch: $(BUILT) torch-kernels $(CUDA_VENV)/installed
+	MNEMOSYNE_CUDA_PYTHON=$(abspath $(CUDA_VENV)/bin/python) $(BIN)/pytest tests/proxy_torch
+
 bench: $(BUILT)
 	$(BIN)/python -m pip install --quiet matplotlib==3.11.2
 	$(BIN)/python benchmarks/recovery.py
@@ -71,13 +83,20 @@ matrix: $(BUILT)
 	$(BIN)/python -m tests.matrix megatron --output build/matrix_megatron.txt
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info mnemosyne_plugin/ccl/_C*.so \
+	rm -rf $(VENV) $(CUDA_VENV) build dist runs *.egg-info mnemosyne_plugin/ccl/_C*.so \
 	    mnemosyne_plugin/proxy/lib
 
 $(INSTALLED): requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+# The build without a suffix in its version is the one for CUDA; with two signs a build
+# for the CPU, 2.13.0+cpu, would do as well where there is one.
+$(CUDA_VENV)/installed: Makefile
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet $(subst ==,===,$(TORCH)) numpy
 	touch $@
 
 $(UNPACKED): $(INSTALLED)

@@ -1,0 +1,94 @@
+// Rows by their numbers, embeddings, and triangles.
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "tensor_info.h"
+#include "types.h"
+
+namespace mnemosyne::torch_kernels {
+namespace {
+
+using proxy::emulated::Launch;
+using proxy::emulated::onHost;
+
+void gather(const Launch& launch, char* to, const char* from,
+            const int64_t* indices, int num_indices, int64_t slice_bytes,
+            int64_t num_slices, int64_t from_stride, int64_t to_stride,
+            bool allows_negative) {
+  for (int i = 0; i < num_indices; ++i) {
+    int64_t index = indices[i];
+    if (allows_negative && index < 0) index += num_slices;
+    if (index < 0 || index >= num_slices) {
+      return launch.fail(proxy::kCudaAssert);
+    }
+    std::memcpy(to + i * to_stride, from + index * from_stride, slice_bytes);
+  }
+}
+
+// Adds to gradients that begin with zeros.
+template <typename T>
+void embeddingBackward(const Launch&, const int64_t* indices,
+                       const T* gradients, T* weights, int num_indices,
+                       int64_t stride, int padding) {
+  std::map<int64_t, std::vector<float>> rows;
+  for (int i = 0; i < num_indices; ++i) {
+    if (indices[i] == padding) continue;
+    auto& row = rows[indices[i]];
+    row.resize(stride);
+    for (int64_t k = 0; k < stride; ++k) row[k] += gradients[i * stride + k];
+  }
+  for (const auto& [index, row] : rows) {
+    for (int64_t k = 0; k < stride; ++k) {
+      T& weight = weights[index * stride + k];
+      weight = convert<T>(static_cast<float>(weight) + row[k]);
+    }
+  }
+}
+
+template <typename T, typename Index, bool is_upper>
+void triangle(const Launch&, const TensorInfo<T, Index>& to,
+              const TensorInfo<const T, Index>& from, int64_t diagonal, int64_t,
+              Index) {
+  const Index num_columns = to.sizes[to.dims - 1];
+  const Index num_rows = to.sizes[to.dims - 2];
+  for (Index i = 0; i < to.count(); ++i) {
+    const int64_t column = i % num_columns;
+    const int64_t row = i / num_columns % num_rows;
+    const bool is_kept =
+        is_upper ? column - row >= diagonal : column - row <= diagonal;
+    to.at(i) = is_kept ? from.at(i) : T{};
+  }
+}
+
+template <typename T>
+void addTriangles(RegisterKernel* add_to) {
+  const auto add = [&](const std::string& rest, auto* kernel) {
+    add_to(
+        ("_ZN2at6native16triu_tril_kernelI" + std::string(mangled<T>()) + rest)
+            .c_str(),
+        kernel);
+  };
+  add("iLb1E*", onHost<triangle<T, int, true>>);
+  add("iLb0E*", onHost<triangle<T, int, false>>);
+}
+
+}  // namespace
+
+void addIndexing(RegisterKernel* add_to) {
+  add_to("_ZN2at6native24vectorized_gather_kernelILi*ElE*", onHost<gather>);
+  addTriangles<bool>(add_to);
+  forFloating([&](auto number) {
+    using T = decltype(number);
+    addTriangles<T>(add_to);
+    add_to((std::string("_ZN*33embedding_backward_feature_kernelI") +
+            mangled<T>() + "flE*")
+               .c_str(),
+           onHost<embeddingBackward<T>>);
+  });
+}
+
+}  // namespace mnemosyne::torch_kernels

@@ -1,0 +1,159 @@
+// Reductions over dimensions of a tensor (ATen/native/cuda/Reduce.cuh). The
+// order of the elements is that of their indices, whatever the launch asks for.
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "kernels.h"
+#include "offsets.h"
+#include "types.h"
+
+namespace mnemosyne::torch_kernels {
+namespace {
+
+using proxy::emulated::Launch;
+using proxy::emulated::onHost;
+
+// The operation of each, as it lies in the parameters: reduce() takes in an
+// element, project() makes the result.
+template <typename T>
+struct Sum {
+  char nothing;
+  static float first() { return 0; }
+  float reduce(float sum, T value) const { return sum + value; }
+  float project(float sum) const { return sum; }
+};
+template <typename T>
+struct Mean {
+  float factor;
+  static float first() { return 0; }
+  float reduce(float sum, T value) const { return sum + value; }
+  float project(float sum) const { return sum * factor; }
+};
+template <typename T>
+struct NormTwo {
+  char nothing;
+  static float first() { return 0; }
+  float reduce(float sum, T value) const {
+    return sum + static_cast<float>(value) * static_cast<float>(value);
+  }
+  float project(float sum) const { return std::sqrt(sum); }
+};
+template <typename T>
+struct NormOne {
+  char nothing;
+  static float first() { return 0; }
+  float reduce(float sum, T value) const {
+    return sum + std::abs(static_cast<float>(value));
+  }
+  float project(float sum) const { return sum; }
+};
+template <typename T, bool is_max>
+struct Extreme {  // accumulates in T itself
+  char nothing;
+  static T first() { return T(); }
+  T reduce(T most, T value) const {
+    const bool is_kept = most != most || (is_max ? most > value : most < value);
+    return is_kept ? most : value;
+  }
+  T project(T most) const { return most; }
+};
+struct SumOfIntegers {
+  char nothing;
+  static int64_t first() { return 0; }
+  int64_t reduce(int64_t sum, int64_t value) const { return sum + value; }
+  int64_t project(int64_t sum) const { return sum; }
+};
+struct All {
+  char nothing;
+  static bool first() { return true; }
+  bool reduce(bool all, bool value) const { return all && value; }
+  bool project(bool all) const { return all; }
+};
+struct Any {
+  char nothing;
+  static bool first() { return false; }
+  bool reduce(bool any, bool value) const { return any || value; }
+  bool project(bool any) const { return any; }
+};
+
+struct Config {  // ReduceConfig
+  int element_bytes, num_inputs, num_outputs, step_input, step_output;
+  int ctas_per_output, input_mult[3], output_mult[2];
+  int block_width, block_height, num_threads;
+  bool vectorize_input;
+  int output_vec_size;
+};
+
+template <typename Operation>
+using Accumulator = decltype(Operation::first());
+
+template <typename Operation>
+struct Reduction {  // ReduceOp
+  Operation operation;
+  Accumulator<Operation> identity;
+  Config config;
+  Offsets<1> inputs;
+  Offsets<2> outputs;
+  const char* from;
+  char* to[2];
+  void *accumulated, *of_blocks;
+  int* semaphores;
+  int64_t base_index;
+  bool accumulates, is_final;
+  int num_outputs;
+};
+
+template <typename In, typename Out, typename Operation>
+void reduce(const Launch& launch, const Reduction<Operation>& by) {
+  // Tensors beyond 32-bit offsets come in parts.
+  if (by.accumulates || !by.is_final) {
+    return launch.fail(proxy::kCudaNotSupported);
+  }
+  by.outputs.forEach(by.config.num_outputs, [&](const auto& output) {
+    auto value = by.identity;
+    by.inputs.forEach(by.config.num_inputs, [&](const auto& input) {
+      value = by.operation.reduce(
+          value, *reinterpret_cast<const In*>(by.from + output[1] + input[0]));
+    });
+    *reinterpret_cast<Out*>(by.to[0] + output[0]) =
+        convert<Out>(by.operation.project(value));
+  });
+}
+
+template <typename In, typename Out, typename Operation>
+void add(RegisterKernel* add_to, const std::string& operation) {
+  // A half is named once, and then by what stands for it.
+  const std::string out =
+      is_half<Out> && is_half<In> ? "S*_" : std::string(mangled<Out>());
+  add_to(("_ZN2at6native13reduce_kernelILi*ENS0_8ReduceOpI" +
+          std::string(mangled<In>()) + "*" + operation + "*Ej" + out + "Li*")
+             .c_str(),
+         onHost<reduce<In, Out, Operation>>);
+}
+
+template <typename In, typename Out>
+void addFor(RegisterKernel* add_to) {
+  add<In, Out, Sum<In>>(add_to, "11sum_functor");
+  add<In, Out, Mean<In>>(add_to, "7MeanOps");
+  add<In, Out, NormTwo<In>>(add_to, "10NormTwoOps");
+  add<In, Out, NormOne<In>>(add_to, "10NormOneOps");
+}
+
+}  // namespace
+
+void addReductions(RegisterKernel* add_to) {
+  addFor<float, float>(add_to);
+  addFor<Bfloat16, Bfloat16>(add_to);
+  addFor<Bfloat16, float>(add_to);
+  forFloating([&](auto number) {
+    using T = decltype(number);
+    add<T, T, Extreme<T, true>>(add_to, "MaxNanFunctor");
+    add<T, T, Extreme<T, false>>(add_to, "MinNanFunctor");
+  });
+  add<int64_t, int64_t, SumOfIntegers>(add_to, "11sum_functor");
+  add<bool, bool, All>(add_to, "15and_kernel_cuda");
+  add<bool, bool, Any>(add_to, "14or_kernel_cuda");
+}
+
+}  // namespace mnemosyne::torch_kernels
