@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from matrix.runs import Result
 
-_FIRST = 32
+_FIRST = 40
 _WIDTH = 17
 
 
