@@ -111,6 +111,8 @@ class Manager:
         self.saved = (-1, 0)
         """The last checkpoint in place: made at which version, the n-th there."""
         self._checkpoint = ""
+        self.no_checkpoint = "none was saved or loaded in this run"
+        """What a job that needs one says where there is none."""
         self.on_stop: Callable[[], None] | None = None
         """Called in front of a step on all ranks, if the job is to save and to end."""
         self.owed: Mapping[str, Any] = {}
@@ -631,7 +633,7 @@ class Manager:
         try:
             decision = decide(reports)
         except NoSourceForState as error:
-            where = self.checkpoint or "none was saved or loaded in this run"
+            where = self.checkpoint or self.no_checkpoint
             raise NoSourceForState(f"{error} ({where})", error.keys) from None
         self._check_headway(decision, max(report.furthest for report in reports))
         # Where the job is behind it, all have loaded.

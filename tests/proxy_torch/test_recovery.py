@@ -21,10 +21,8 @@ def test_a_server_that_ends_anywhere_changes_no_bit_of_the_training(
     options: list[str],
 ) -> None:
     undisturbed = run("gpt.py", "--steps=30", *options)
-    # What is not brought back reads as 0xee.
-    disturbed = run(
-        "gpt.py", "--steps=30", *options, *KILLS, MNEMOSYNE_PROXY_POISON="1"
-    )
+    # What is not brought back is NaN.
+    disturbed = run("gpt.py", "--steps=30", *options, *KILLS)
     assert disturbed.stdout == undisturbed.stdout
     recoveries = int(disturbed.stderr.rsplit("recoveries ", 1)[1].split()[0])
     assert recoveries > 30

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
+from mnemosyne_plugin.errors import ConfigError
 from mnemosyne_plugin.recovery.manager import Manager
 
 # Where writers leave what the checkpoint's metadata say of their files.
@@ -35,7 +36,9 @@ class Background:
         """Have each that is scheduled from here on tell when it is written."""
         module = "megatron.training.checkpointing"
         checkpointing: Any = importlib.import_module(module)
-        schedule = checkpointing.schedule_async_save
+        schedule = getattr(checkpointing, "schedule_async_save", None)
+        if schedule is None:
+            raise ConfigError(f"{module} has no schedule_async_save(); cannot protect")
 
         def schedule_async_save(request: Any) -> None:
             request.finalize_fns.insert(0, lambda: self._manager.phase("save-end"))
@@ -48,6 +51,18 @@ class Background:
     def is_writing(self) -> bool:
         """Whether all ranks have something to finish."""
         return not self._async.is_empty_async_queue()
+
+    @property
+    def has_lost_its_writer(self) -> bool:
+        """Whether that ended by itself, as the kernel does it without memory.
+
+        Megatron would wait for it to the end of the job, and there for ever.
+        """
+        calls = self._async._async_calls_queue.async_calls
+        writers = [call.async_caller.process for call in calls]
+        return self._is_persistent and not all(
+            writer.is_alive() for writer in writers if writer is not None
+        )
 
     def begin(
         self,

@@ -67,6 +67,8 @@ class Saves:
             module.maybe_finalize_async_save = self.finish
         if self._args.save:
             self._manager.offer_stop(self.stop)
+        else:
+            self._manager.no_checkpoint += ", for --save is not given"
 
     def save(self, iteration: int, *args: Any, **kwargs: Any) -> None:
         """In place of save_checkpoint."""
@@ -80,6 +82,9 @@ class Saves:
         """In place of maybe_finalize_async_save."""
         self._give_up_outdated()
         if self._background.is_writing:
+            if self._background.has_lost_its_writer:
+                # As if a link had broken: that is how others learn of it.
+                self._manager.mesh.fence("what writes a checkpoint has ended")
             if self._finish_together(blocking, terminate):
                 return
             self._background.give_up()
@@ -131,8 +136,10 @@ class Saves:
         manager = self._manager
         manager.phase("save")
         self._give_up_outdated()
-        written = functools.partial(self._written, iteration, manager.version)
         given = self._signature.bind(iteration, *args, **kwargs).arguments
+        written: Callable[[], None] = manager.barrier
+        if not given.get("non_persistent_ckpt"):  # those have a folder of their own
+            written = functools.partial(self._written, iteration, manager.version)
         self._background.begin(written, given.get("checkpointing_context"))
         manager.mesh.hold_replay(True)  # a newcomer may still be in its set-up
         try:
