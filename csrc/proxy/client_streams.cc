@@ -61,7 +61,7 @@ class Event final : public Handle {
 
   // Records of a lost server are done: what they stood behind will never be.
   bool isPending() const {
-    return count_ != 0 && recorded_in_ == connection().generation() &&
+    return count_ > done_ && recorded_in_ == connection().generation() &&
            connection().segment()->events_reached[id()].load() < count_;
   }
 
@@ -74,23 +74,26 @@ class Event final : public Handle {
     if (!isPending()) return 0;
     // Records on two streams may raise the counter in another order than they
     // were made, and then only the device knows.
-    if (++num_queries_ % 64 != 0) return kCudaNotReady;
-    return connection().call(CommandWriter(kQueryEvent).put(id()), nullptr,
-                             {this});
+    return ++num_queries_ % 64 == 0 ? ask(kQueryEvent) : int{kCudaNotReady};
   }
-  int sync() {
-    if (!isPending()) return 0;
-    return connection().call(CommandWriter(kSyncEvent).put(id()), nullptr,
-                             {this});
-  }
+  int sync() { return isPending() ? ask(kSyncEvent) : 0; }
 
  private:
+  // The device says so in front of the write behind the record.
+  int ask(Opcode opcode) {
+    const uint64_t count = count_;
+    const int result =
+        connection().call(CommandWriter(opcode).put(id()), nullptr, {this});
+    if (result == 0) done_ = count;
+    return result;
+  }
+
   void define(Connection& connection) override {
     connection.put(CommandWriter(kCreateEvent).put(id()).put(uint32_t{flags_}));
   }
 
   const unsigned flags_;
-  std::atomic<uint64_t> count_{0}, recorded_in_{0};
+  std::atomic<uint64_t> count_{0}, done_{0}, recorded_in_{0};
   std::atomic<uint32_t> num_queries_{0};
 };
 

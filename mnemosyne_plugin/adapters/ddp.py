@@ -164,7 +164,7 @@ class Session:
             raise _Redo
         self._has_voted = True
         if self._results is not None:
-            self._results.keep()
+            self._results.keep(Session._run.__code__)
 
     def _see_through(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Make a mutation in which the device is lost look as if it had not been."""

@@ -3,12 +3,15 @@
 Training state comes back from replicas; a batch and a loss have none.
 """
 
+import functools
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 
-_LARGEST_RESULT = 1 << 16  # elements; a loss has one
+_LARGEST_RESULT = 256  # elements; a loss has one
 
 
 class Inputs:
@@ -24,13 +27,18 @@ class Inputs:
 
 
 class Results:
-    """Copies of what ``backward`` was called on: a step's losses."""
+    """Copies of what a step has computed for whoever calls it: its losses.
+
+    They are what ``backward`` was called on, and small tensors in local variables of
+    the functions that lead to ``optimizer.step()``.
+    """
 
     def __init__(self) -> None:
         self._roots: list[torch.Tensor] = []
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         backward = torch.autograd.backward
 
+        @functools.wraps(backward)
         def keeping_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
             self._roots += [root.detach() for root in _tensors((tensors,))]
             backward(tensors, *args, **kwargs)
@@ -41,10 +49,18 @@ class Results:
         """A step begins."""
         self._roots, self._kept = [], []
 
-    def keep(self) -> None:
-        """Copy them; the device has computed them by now."""
-        small = [root for root in self._roots if root.numel() <= _LARGEST_RESULT]
-        self._kept = _copies(small)
+    def keep(self, outermost: CodeType) -> None:
+        """Copy them; the device has computed them by now.
+
+        outermost: of the function that called the step.
+        """
+        found = {id(root): root for root in self._roots}
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not outermost:
+            for tensor in _tensors(tuple(frame.f_locals.values())):
+                found[id(tensor)] = tensor
+            frame = frame.f_back
+        self._kept = _copies(t for t in found.values() if t.numel() <= _LARGEST_RESULT)
 
     def put_back(self) -> None:
         """Fill them again."""

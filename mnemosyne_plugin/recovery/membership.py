@@ -245,6 +245,8 @@ class Job:
     """A new membership is due as soon as all seats can be filled."""
     suspected: bool = False
     """A link broke in this epoch; its cause may still be reported."""
+    lost_device: str = ""
+    """Which device was lost in this epoch, in words."""
     logged: frozenset[int] = frozenset()
     protected: frozenset[int] = frozenset()
     done: frozenset[int] = frozenset()
@@ -295,19 +297,20 @@ def apply(job: Job, evidence: Evidence) -> Verdict:
         case LinkLost():
             return _link_lost(job, evidence)
         case DeviceLost(rank=rank, reason=reason):
-            if not _is_news(job, evidence.epoch):
-                return job, (), "known already, or for the script to see"
-            return _recover(job, f"rank {rank} lost its device ({reason})")
+            if evidence.epoch != job.epoch or job.broken:
+                return job, (), "known already"
+            what = f"rank {rank} lost its device ({reason})"
+            return _mend_device(replace(job, lost_device=what))
         case GraceOver(epoch=epoch):
             if not job.suspected or epoch != job.epoch:
                 return job, (), "the cause was found"
             return _recover(job, "a link broke between living workers")
         case SetupLogged(rank=rank):
-            return replace(job, logged=job.logged | {rank}), (), "set-up done"
+            return _mend_device(replace(job, logged=job.logged | {rank}))
         case Protected(rank=rank, may_restart=may_restart):
             protected, newcomers = job.protected | {rank}, job.newcomers - {rank}
             job = replace(job, protected=protected, newcomers=newcomers)
-            return replace(job, may_restart=may_restart), (), "state attached"
+            return _mend_device(replace(job, may_restart=may_restart))
         case Done(rank=rank):
             return _done(replace(job, done=job.done | {rank}))
         case AgentLost(agent=agent, reason=why):
@@ -346,6 +349,7 @@ def _seat(job: Job) -> Verdict:
         ready=tuple(ready),
         broken=False,
         suspected=False,
+        lost_device="",
         # A rank that ended and left is run again: the job needs all seats.
         done=job.done - set(vacant),
         newcomers=job.newcomers | (set(vacant) if _in_training(job) else set()),
@@ -445,13 +449,16 @@ def _recover(job: Job, reason: str) -> Verdict:
 
 
 def _link_lost(job: Job, evidence: LinkLost) -> Verdict:
-    if not _is_news(job, evidence.epoch):
+    if evidence.epoch != job.epoch or job.broken or not _in_training(job):
         return job, (), "known already, or for the script to see"
     return replace(job, suspected=True), (), "a link is lost; its end may be reported"
 
 
-def _is_news(job: Job, epoch: int) -> bool:
-    return epoch == job.epoch and not job.broken and _in_training(job)
+def _mend_device(job: Job) -> Verdict:
+    """Start the recovery of a lost device, once all ranks can take part."""
+    if not job.lost_device or job.broken or not _in_training(job):
+        return job, (), job.lost_device or "one more rank is ready"
+    return _recover(job, job.lost_device)
 
 
 def _done(job: Job) -> Verdict:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mnemosyne_plugin.errors import StateMismatch
-from mnemosyne_plugin.state.manifest import Entry, torch_dtype
+from mnemosyne_plugin.state.manifest import Entry, describe, torch_dtype
 
 Tensors = dict[str, torch.Tensor]
 
@@ -39,9 +39,17 @@ def allocate_optimizer(
 ) -> None:
     """Make the state tensors that ``manifest`` names, on their parameter's device.
 
-    Scalars such as Adam's ``step`` stay on the CPU, where torch keeps them.
+    Scalars such as Adam's ``step`` are on the CPU, unless its kernels count. What is
+    there already, and fits, stays.
     """
     parameters = dict(_parameters(optimizer))
+    counts_on_device = {
+        id(parameter)
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for parameter in group["params"]
+    }
+    before = dict(optimizer.state)
     optimizer.state.clear()
     for entry in manifest:
         kind, _, rest = entry.key.partition("/")
@@ -55,10 +63,15 @@ def allocate_optimizer(
                 key=entry.key,
             )
         parameter = parameters[place]
-        device = parameter.device if entry.shape else torch.device("cpu")
-        optimizer.state[parameter][name] = torch.empty(
-            entry.shape, dtype=torch_dtype(entry.dtype), device=device
-        )
+        is_there = entry.shape or id(parameter) in counts_on_device
+        value = before.get(parameter, {}).get(name)
+        if value is None or describe({entry.key: value}) != (entry,):
+            value = torch.empty(
+                entry.shape,
+                dtype=torch_dtype(entry.dtype),
+                device=parameter.device if is_there else "cpu",
+            )
+        optimizer.state[parameter][name] = value
 
 
 def optimizer_scalars(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

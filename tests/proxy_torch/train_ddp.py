@@ -1,0 +1,98 @@
+"""The GPT of gpt.py under `mnemosyne run --device-proxy`, with DDP over NCCL.
+
+    mnemosyne run --device-proxy --nproc-per-node 2 train_ddp.py --victim 1
+
+Each server of the victim dies at a random one of its first operations. Prints one line
+a step and rank, and a hash of all that training has changed.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+
+import gpt
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import mnemosyne_plugin
+from mnemosyne_plugin import proxy
+
+
+class Killing:
+    """Has servers of this process die early."""
+
+    def __init__(self, seed: int, within: int) -> None:
+        device = proxy.loaded()
+        assert device is not None
+        self._device, self._within = device, within
+        self._draw = random.Random(seed)
+        self._recover = device.recover
+        self._is_over = False
+        device.recover = self.recover  # type: ignore[method-assign]
+        device.kill()
+
+    def recover(self, timeout_s: float) -> None:
+        """Start a server that will die, unless it is over."""
+        at = self._draw.randrange(self._within)
+        os.environ["MNEMOSYNE_EMULATED"] = "" if self._is_over else f"fault=kill,{at=}"
+        self._recover(timeout_s)
+
+    def end(self) -> None:
+        """Let the next server live."""
+        self._is_over = True
+        self._device.kill()
+
+
+def main() -> None:
+    """Train as the arguments say."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--victim", type=int, default=-1, help="rank")
+    parser.add_argument("--kill-within", type=int, default=900)
+    options = parser.parse_args()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # has no host function
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    dist.init_process_group("nccl")
+    rank = dist.get_rank()
+    torch.manual_seed(1)
+    model = DistributedDataParallel(gpt.GPT(2, 0.1).bfloat16().cuda(), device_ids=[0])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    torch.manual_seed(2 + rank)
+    session = mnemosyne_plugin.attach(model=model, optimizer=optimizer)
+
+    def train_step(batches: list[Tensor]) -> Tensor:
+        optimizer.zero_grad()
+        total = torch.zeros((), device="cuda")
+        for batch in batches:
+            there = batch.cuda(non_blocking=True)
+            tokens, targets = there[:, :-1].contiguous(), there[:, 1:].contiguous()
+            loss = model(tokens, targets) / len(batches)
+            loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return total
+
+    is_victim = rank == options.victim
+    killing = Killing(rank, options.kill_within) if is_victim else None
+    text = argparse.Namespace(
+        steps=options.steps, accumulate=2, batch=4, seed=1, workers=2, pin=True
+    )
+    for step, batches in enumerate(gpt.batches(text)):
+        if killing is not None and step == options.steps - 1:
+            killing.end()  # the script's own work behind its last step is not redone
+        loss = float(session.run(train_step, batches))
+        print(f"step {step} rank {rank} {loss.hex()}", flush=True)
+    hashed = hashlib.sha256()
+    for parameter in model.parameters():
+        for tensor in (parameter, *optimizer.state[parameter].values()):
+            flat = tensor.detach().cpu().reshape(-1)
+            hashed.update(flat.view(torch.uint8).numpy().tobytes())
+    print(f"digest of rank {rank} {hashed.hexdigest()[:16]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
