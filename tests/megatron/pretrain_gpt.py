@@ -8,6 +8,7 @@ Python 3.12, whose Python files run under 3.11 as well (see wheels.py).
 import hashlib
 import importlib
 import inspect
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -182,4 +183,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # A second process that writes need not import it all again.
+    multiprocessing.set_forkserver_preload(["cpu_cuda", "megatron.training"])
     main()
