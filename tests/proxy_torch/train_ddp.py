@@ -2,8 +2,8 @@
 
     mnemosyne run --device-proxy --nproc-per-node 2 train_ddp.py --victim 1
 
-Each server of the victim dies at a random one of its first operations. Prints one line
-a step and rank, and a hash of all that training has changed.
+Each server of the victim dies at a random one of its first operations. The log gets a
+line for each step and rank, and a hash of all that training has changed.
 """
 
 import argparse
@@ -50,6 +50,7 @@ def main() -> None:
     """Train as the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--log", default=os.devnull)
     parser.add_argument("--victim", type=int, default=-1, help="rank")
     parser.add_argument("--kill-within", type=int, default=900)
     options = parser.parse_args()
@@ -78,6 +79,11 @@ def main() -> None:
 
     is_victim = rank == options.victim
     killing = Killing(rank, options.kill_within) if is_victim else None
+    file = os.open(options.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def log(line: str) -> None:
+        os.write(file, f"{line}\n".encode())
+
     text = argparse.Namespace(
         steps=options.steps, accumulate=2, batch=4, seed=1, workers=2, pin=True
     )
@@ -85,13 +91,13 @@ def main() -> None:
         if killing is not None and step == options.steps - 1:
             killing.end()  # the script's own work behind its last step is not redone
         loss = float(session.run(train_step, batches))
-        print(f"step {step} rank {rank} {loss.hex()}", flush=True)
+        log(f"{step} {rank} {loss.hex()}")
     hashed = hashlib.sha256()
     for parameter in model.parameters():
         for tensor in (parameter, *optimizer.state[parameter].values()):
             flat = tensor.detach().cpu().reshape(-1)
             hashed.update(flat.view(torch.uint8).numpy().tobytes())
-    print(f"digest of rank {rank} {hashed.hexdigest()[:16]}", flush=True)
+    log(f"digest {rank} {hashed.hexdigest()}")
 
 
 if __name__ == "__main__":

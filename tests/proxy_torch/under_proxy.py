@@ -2,11 +2,13 @@
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
 LIB = ROOT / "mnemosyne_plugin" / "proxy" / "lib"
 KERNELS = ROOT / "build" / "proxy_torch" / "libtorch_host_kernels.so"
 PYTHON = os.environ.get("MNEMOSYNE_CUDA_PYTHON", "")
@@ -28,16 +30,32 @@ def environment(**variables: str) -> dict[str, str]:
     }
 
 
+def launch(
+    program: str, *args: str, launcher: Sequence[str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a program of this folder by `mnemosyne run --device-proxy`."""
+    # The extension in the tree serves torch's CUDA build of the same version as well.
+    command = [PYTHON, "-m", "mnemosyne_plugin.cli", "run", "--device-proxy", *launcher]
+    variables = environment(PYTHONPATH=str(ROOT))
+    del variables["LD_PRELOAD"]  # the launcher's business
+    return _finish([*command, str(HERE / program), *args], variables)
+
+
 def run(
     program: str, *args: str, on_proxy: bool = True, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of this folder to its end, which must be a good one."""
+    return _finish(
+        [PYTHON, str(HERE / program), *args],
+        environment(**variables) if on_proxy else None,
+    )
+
+
+def _finish(
+    command: Sequence[str], variables: dict[str, str] | None
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [PYTHON, str(ROOT / "tests" / "proxy_torch" / program), *args],
-        env=environment(**variables) if on_proxy else None,
-        capture_output=True,
-        text=True,
-        timeout=900,
+        command, env=variables, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
