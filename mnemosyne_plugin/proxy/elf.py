@@ -16,8 +16,14 @@ def dynamic_names(path: Path) -> set[str]:
     with path.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with content:
-        if content[:5] != b"\x7fELF\x02":
+        try:
+            return _names(content)
+        except (struct.error, IndexError):  # torn
             return set()
+
+
+def _names(content: mmap.mmap) -> set[str]:
+    if content[:5] == b"\x7fELF\x02":
         (offset,) = struct.unpack_from("<Q", content, 0x28)
         size, count = struct.unpack_from("<HH", content, 0x3A)
         sections = [

@@ -13,6 +13,7 @@ from mnemosyne_plugin.recovery.membership import (
     STILLBORN_LIMIT,
     AgentLost,
     Decision,
+    DeviceLost,
     Done,
     Evidence,
     Exited,
@@ -360,6 +361,36 @@ def test_a_lost_link_of_an_old_epoch_is_ignored() -> None:
     assert world.see(GraceOver(epoch=2)) == ()
 
 
+def device_lost(rank: int, epoch: int) -> DeviceLost:
+    return DeviceLost(attempt=0, rank=rank, epoch=epoch, reason="an error")
+
+
+def test_a_lost_device_is_a_new_epoch_for_the_same_at_once() -> None:
+    world = training(2)
+    assert ids(world.see(device_lost(1, 1))) == [1, 2]
+    assert world.see(device_lost(0, 1)) == ()  # that epoch covers it
+    assert ids(world.see(device_lost(0, 2))) == [1, 2]
+    assert world.job.epoch == 3
+
+
+def test_a_device_lost_in_set_up_waits_for_the_last_rank() -> None:
+    world = World(2)
+    world.fill()
+    assert world.see(device_lost(0, 1)) == ()
+    for rank in range(2):
+        assert world.see(SetupLogged(attempt=0, rank=rank)) == ()
+    assert world.see(Protected(attempt=0, rank=0)) == ()
+    assert ids(world.see(Protected(attempt=0, rank=1))) == [1, 2]
+    assert world.see(Protected(attempt=0, rank=1)) == ()
+
+
+def test_a_device_lost_while_a_rank_is_vacant_waits_for_its_worker() -> None:
+    world = training(2)
+    world.exit(1)
+    assert world.see(device_lost(0, 1)) == ()
+    assert ids(world.ready()) == [1, 3]
+
+
 # --- the end ----------------------------------------------------------------------
 
 
@@ -440,6 +471,10 @@ def possible(now: Snapshot, max_born: int) -> Iterator[tuple[Evidence, Snapshot]
             lost = (rank + 1) % len(job.seats)
             link = LinkLost(attempt=attempt, rank=rank, lost_rank=lost, epoch=job.epoch)
             yield link, now
+            device = DeviceLost(
+                attempt=attempt, rank=rank, epoch=job.epoch, reason="an error"
+            )
+            yield device, now
     yield GraceOver(epoch=job.epoch), now
 
 
@@ -559,6 +594,7 @@ def test_evidence_and_decisions_survive_the_wire() -> None:
             attempt=0, agent=0, worker_id=1, exit_code=-9, traceback="t", fatal=True
         ),
         LinkLost(attempt=0, rank=1, lost_rank=2, epoch=3),
+        DeviceLost(attempt=0, rank=1, epoch=3, reason="an error"),
         Stop(signal=15),
         Membership(4, (member,)),
         Restart(attempt=1, reason="r"),
