@@ -76,6 +76,7 @@ bench: $(BUILT)
 	$(BIN)/python benchmarks/collectives.py --plot build/collectives.png
 	$(BIN)/python benchmarks/single_copy.py
 	$(BIN)/python benchmarks/reconfigure.py
+	$(BIN)/python benchmarks/proxy_call.py
 
 # Who dies where, in which way of training: under an hour each, see build/matrix_*.txt.
 matrix: $(BUILT)

@@ -147,6 +147,7 @@ class Training:
         self.device = torch.device(options.device)
         self.model: nn.Module = model.to(self.device)
         self.is_amp = options.dtype == "amp"
+        self.is_kept = not options.counts
         if options.ddp:
             self.model = DistributedDataParallel(self.model, device_ids=[0])
         self.optimizer = torch.optim.AdamW(
@@ -192,7 +193,8 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         loss_value = total.item()
-        self.save()
+        if self.is_kept:
+            self.save()
         return loss_value
 
     def digest(self) -> str:
@@ -238,6 +240,7 @@ def main() -> None:
     parser.add_argument("--pin", action="store_true")
     parser.add_argument("--ddp", action="store_true", help="with torchrun's variables")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--counts", action="store_true", help="of the proxy's calls")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--kill-within",
@@ -285,6 +288,10 @@ def main() -> None:
                         raise
         print(step, struct.pack(">d", loss).hex(), f"{loss:.6f}", flush=True)
     print("digest", training.digest(), flush=True)
+    if options.counts:
+        counts = (ctypes.c_uint64 * 4)()
+        proxy.library.mnemosyne_proxy_counts(counts)
+        print("counts", *counts[:3])
     print(f"recoveries {num_recoveries}", file=sys.stderr)
     if options.ddp:
         dist.destroy_process_group()
