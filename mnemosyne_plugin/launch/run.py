@@ -70,6 +70,14 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Keep each GPU in a process of its own, so that its loss ends no worker.",
     )
+    ours.add_argument(
+        "--device-timeout",
+        "--device_timeout",
+        type=float,
+        default=proxy.TIMEOUT_S,
+        metavar="SECONDS",
+        help="With --device-proxy: how long a GPU may take until it counts as hung.",
+    )
     with suppress(argparse.ArgumentError):  # torch has it since 2.13
         ours.add_argument(
             "--shutdown-timeout", "--shutdown_timeout", type=int, default=None
@@ -116,6 +124,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--standby must be 0 or more, got {args.standby}")
     if args.max_restarts is not None and args.max_restarts < 0:
         raise ConfigError(f"--max-restarts must be 0 or more, got {args.max_restarts}")
+    if not args.device_timeout > 0:
+        raise ConfigError(
+            f"--device-timeout must be more than 0, got {args.device_timeout}"
+        )
     if not args.module and not os.path.exists(args.training_script):
         raise ConfigError(f"no such script: {args.training_script}")
 
@@ -179,7 +191,9 @@ def _agent_spec(
         shutdown_timeout_s=float(timeout_s),
         entry_module=entry_module,
         signals=tuple(signal.Signals[name] for name in names),
-        environment=proxy.preload(os.environ) if args.device_proxy else {},
+        environment=(
+            proxy.preload(os.environ, args.device_timeout) if args.device_proxy else {}
+        ),
         logs=config.logs_specs,
         ranks=ranks,
     )

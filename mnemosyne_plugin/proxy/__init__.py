@@ -19,13 +19,19 @@ from mnemosyne_plugin.proxy import elf
 _FOLDER = Path(__file__).parent / "lib"
 _CLIENT = ("libmnemosyne_client.so", "libcuda.so.1")
 _UNIQUE_ID_BYTES = 128
+_TIMEOUT = "MNEMOSYNE_DEVICE_TIMEOUT_S"
+TIMEOUT_S = 600.0
+"""The longest wait for a device; NCCL's watchdog waits as long by default."""
 _STATES = ("off", "healthy", "lost", "restoring", "failed", "child")
 
 
-def preload(environment: Mapping[str, str]) -> dict[str, str]:
+def preload(
+    environment: Mapping[str, str], timeout_s: float = TIMEOUT_S
+) -> dict[str, str]:
     """Return what to add to ``environment`` so that a python there runs with the proxy.
 
-    Raises ConfigError if this installation has none.
+    timeout_s: the longest wait for the device. Raises ConfigError if this installation
+    has no proxy.
     """
     paths = [str(_FOLDER / name) for name in _CLIENT]
     missing = [path for path in paths if not os.path.exists(path)]
@@ -35,7 +41,10 @@ def preload(environment: Mapping[str, str]) -> dict[str, str]:
             "mnemosyne-plugin again"
         )
     others = environment.get("LD_PRELOAD", "").split(":")
-    return {"LD_PRELOAD": ":".join([*paths, *filter(None, others)])}
+    return {
+        "LD_PRELOAD": ":".join([*paths, *filter(None, others)]),
+        _TIMEOUT: str(timeout_s),
+    }
 
 
 @functools.cache
@@ -64,6 +73,8 @@ class DeviceProxy:
         self._c = library
         self._c.mnemosyne_proxy_waiting_seconds.restype = ctypes.c_double
         self._c.mnemosyne_proxy_generation.restype = ctypes.c_uint64
+        self.timeout_s = float(os.environ.get(_TIMEOUT, TIMEOUT_S))
+        """The longest wait for the device that is not given up."""
 
     @property
     def state(self) -> str:

@@ -22,8 +22,6 @@ from mnemosyne_plugin.recovery.control import ControlGroup
 logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 120.0
-HANG_TIMEOUT_S = 600.0
-"""The longest wait for the device; as long as NCCL's watchdog waits by default."""
 _LAST_NCCL_RESULT = 8
 _NUM_NAMED = 8
 _GRACE_S = 10.0  # for what waited for other ranks to end, once it is aborted
@@ -144,11 +142,11 @@ class Device:
         is_latched: a failure is, so what still waits can only wait for the device.
         """
         now, waited = time.monotonic(), self.proxy.waiting_s
-        limit = HANG_TIMEOUT_S
+        limit = self.proxy.timeout_s
         if not is_latched:
             self._latched_at = None
         else:
-            limit = _GRACE_S
+            limit = min(limit, _GRACE_S)
             self._latched_at = self._latched_at or now
             waited = min(waited, now - self._latched_at)
         if waited < limit:
@@ -161,7 +159,7 @@ class Device:
             self._mesh.fence(
                 f"rank {self._rank} has waited {waited:.0f} s for its device"
             )
-        return _GRACE_S
+        return limit
 
 
 def _meetings(offers: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -28,7 +28,11 @@ def train(folder: Path, *args: str) -> Job:
         "train_ddp.py",
         *args,
         f"--log={folder / 'log'}",
-        launcher=["--nproc-per-node=2", f"--run-dir={folder / 'run'}"],
+        launcher=[
+            "--nproc-per-node=2",
+            "--device-timeout=2",
+            f"--run-dir={folder / 'run'}",
+        ],
     )
     events = read_events(folder / "run")
     recovered = [e.fields["rank"] for e in events if e.name == "device_recovered"]
@@ -56,3 +60,17 @@ def test_a_rank_whose_device_dies_at_random_commands_changes_nothing(
     assert set(job.num_recoveries) == {victim}
     assert job.num_recoveries[victim] > 10
     assert len(job.pids) == len(job.groups) == 2
+
+
+def test_a_device_that_hangs_is_replaced_and_others_are_not(
+    undisturbed: Job, tmp_path: Path
+) -> None:
+    job = train(
+        tmp_path, "--victim=1", "--fault=hang", "--kill-within=4000", "--steps=12"
+    )
+    assert job.lines == undisturbed.lines
+    assert set(job.num_recoveries) == {1}
+    assert len(job.pids) == len(job.groups) == 2
+    hangs = [e for e in read_events(tmp_path / "run") if e.name == "device_hangs"]
+    assert hangs
+    assert {event.fields["rank"] for event in hangs} == {1}

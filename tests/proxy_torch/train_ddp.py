@@ -2,8 +2,8 @@
 
     mnemosyne run --device-proxy --nproc-per-node 2 train_ddp.py --victim 1
 
-Each server of the victim dies at a random one of its first operations. The log gets a
-line for each step and rank, and a hash of all that training has changed.
+Each server of the victim dies, or hangs, at a random one of its first operations. The
+log gets a line for each step and rank, and a hash of all that training has changed.
 """
 
 import argparse
@@ -24,11 +24,12 @@ from mnemosyne_plugin import proxy
 class Killing:
     """Has servers of this process die early."""
 
-    def __init__(self, seed: int, within: int) -> None:
+    def __init__(self, seed: int, within: int, fault: str) -> None:
         device = proxy.loaded()
         assert device is not None
         self._device, self._within = device, within
         self._draw = random.Random(seed)
+        self._fault = fault
         self._recover = device.recover
         self._is_over = False
         device.recover = self.recover  # type: ignore[method-assign]
@@ -37,7 +38,8 @@ class Killing:
     def recover(self, timeout_s: float) -> None:
         """Start a server that will die, unless it is over."""
         at = self._draw.randrange(self._within)
-        os.environ["MNEMOSYNE_EMULATED"] = "" if self._is_over else f"fault=kill,{at=}"
+        fault = "" if self._is_over else f"fault={self._fault},{at=}"
+        os.environ["MNEMOSYNE_EMULATED"] = fault
         self._recover(timeout_s)
 
     def end(self) -> None:
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--log", default=os.devnull)
     parser.add_argument("--victim", type=int, default=-1, help="rank")
+    parser.add_argument("--fault", default="kill")
     parser.add_argument("--kill-within", type=int, default=900)
     options = parser.parse_args()
     torch.backends.cuda.enable_cudnn_sdp(False)  # has no host function
@@ -78,7 +81,7 @@ def main() -> None:
         return total
 
     is_victim = rank == options.victim
-    killing = Killing(rank, options.kill_within) if is_victim else None
+    killing = Killing(rank, options.kill_within, options.fault) if is_victim else None
     file = os.open(options.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def log(line: str) -> None:

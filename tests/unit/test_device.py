@@ -19,6 +19,7 @@ class FakeProxy:
     is_lost = False
     error = 0
     waiting_s = 0.0
+    timeout_s = 600.0
     kills = 0
 
     def communicator_error(self) -> int:
@@ -95,10 +96,10 @@ def test_a_device_that_hangs_is_ended_but_not_one_that_waits_for_others(
     device, proxy, mesh = made
     now = 1000.0
     monkeypatch.setattr(recovery_device.time, "monotonic", lambda: now)
-    proxy.waiting_s = recovery_device.HANG_TIMEOUT_S - 1
+    proxy.waiting_s = 599.0
     assert device.watch(is_latched=False) == pytest.approx(1)
     assert mesh.fenced is None
-    proxy.waiting_s = recovery_device.HANG_TIMEOUT_S
+    proxy.waiting_s = 600.0
     device.watch(is_latched=False)
     assert "has waited 600 s for its device" in str(mesh.fenced)
     # From the failure on there is a time of grace: aborted waits end in it.
