@@ -301,8 +301,9 @@ void Connection::watch(std::shared_ptr<Server> server) {
   waitpid(server->pid, nullptr, 0);
   pid_ = 0;
   const int fault = segment_->fault;
+  is_lost_ =
+      true;  // first: recover() looks at it when it has cleared the error
   error_ = fault != 0 ? fault : int{kCudaLaunchFailure};
-  is_lost_ = true;
   if (const int fd = lost_fd_; fd >= 0) eventfd_write(fd, 1);
   State healthy = State::kHealthy;
   state_.compare_exchange_strong(healthy, State::kLost);
@@ -541,18 +542,23 @@ int Connection::recover(int timeout_ms) {
       return error_;
     }
   }
-  const bool was_attached = std::exchange(is_attached_, false);
+  const bool is_used = is_attached_ || !device_space.blocks().empty() ||
+                       !host_space.blocks().empty();
+  is_attached_ = false;
   int error = launch(timeout_ms);
-  if (error == 0 && was_attached) error = attach();
-  if (error == 0 && was_attached) error = restoreMemory();
+  if (error == 0 && is_used) error = attach();
+  if (error == 0 && is_used) error = restoreMemory();
   if (error != 0) {
-    state_ = State::kFailed;
+    // One that has ended again may be replaced again.
+    state_ = is_lost_ ? State::kLost : State::kFailed;
     return error;
   }
   error_ = 0;
   state_ = State::kHealthy;
-  if (is_lost_) state_ = State::kLost;  // it ended in between
-  return 0;
+  if (!is_lost_) return 0;
+  error_ = int{kCudaLaunchFailure};  // it has ended in between
+  state_ = State::kLost;
+  return error_;
 }
 
 int Connection::restoreMemory() {

@@ -19,6 +19,7 @@ from mnemosyne_plugin.proxy import elf
 _FOLDER = Path(__file__).parent / "lib"
 _CLIENT = ("libmnemosyne_client.so", "libcuda.so.1")
 _UNIQUE_ID_BYTES = 128
+_NUM_ATTEMPTS = 3  # a server may be lost before it has all memory
 _TIMEOUT = "MNEMOSYNE_DEVICE_TIMEOUT_S"
 TIMEOUT_S = 600.0
 """The longest wait for a device; NCCL's watchdog waits as long by default."""
@@ -140,8 +141,12 @@ class DeviceProxy:
 
         Raises FatalError if the device does not come back.
         """
-        if self._c.mnemosyne_proxy_recover(int(timeout_s * 1000)) != 0:
-            raise FatalError(f"the device does not come back: {self.describe_loss()}")
+        for _ in range(_NUM_ATTEMPTS):
+            if self._c.mnemosyne_proxy_recover(int(timeout_s * 1000)) == 0:
+                return
+            if self.state != "lost":
+                break
+        raise FatalError(f"the device does not come back: {self.describe_loss()}")
 
     def kill(self) -> None:
         """End the server: the way out of a device that hangs."""

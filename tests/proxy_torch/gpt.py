@@ -106,6 +106,11 @@ class Proxy:
         """Say whether the server is there."""
         return int(self.library.mnemosyne_proxy_state())
 
+    @property
+    def num_servers(self) -> int:
+        """Return how many there were."""
+        return int(self.library.mnemosyne_proxy_generation())
+
     def recover(self) -> None:
         """Start a new server; memory is at its old addresses, with nothing in it."""
         while self.library.mnemosyne_proxy_recover(60_000) != 0:
@@ -219,11 +224,12 @@ def batches(options: argparse.Namespace) -> Iterator[list[Tensor]]:
         yield [next(source) for _ in range(options.accumulate)]
 
 
-def schedule_kill(draw: random.Random, within: int) -> None:
+def schedule_kill(draw: random.Random, within: int, number: int) -> None:
     """Have the next server die at one of its first operations."""
     if within > 0:
         at = draw.randrange(within)
-        os.environ["MNEMOSYNE_EMULATED"] = f"fault=kill,at={at}"
+        # Only that one: it may die before it has all memory.
+        os.environ["MNEMOSYNE_EMULATED"] = f"fault=kill,at={at},server={number}"
 
 
 def main() -> None:
@@ -277,7 +283,8 @@ def main() -> None:
             while loss is None and proxy.state != Proxy.HEALTHY:
                 num_recoveries += 1
                 is_last = num_recoveries >= options.kills
-                schedule_kill(draw, 0 if is_last else options.kill_within)
+                within = 0 if is_last else options.kill_within
+                schedule_kill(draw, within, proxy.num_servers + 1)
                 if is_last:
                     os.environ["MNEMOSYNE_EMULATED"] = ""
                 proxy.recover()

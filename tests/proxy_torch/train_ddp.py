@@ -38,8 +38,8 @@ class Killing:
     def recover(self, timeout_s: float) -> None:
         """Start a server that will die, unless it is over."""
         at = self._draw.randrange(self._within)
-        fault = "" if self._is_over else f"fault={self._fault},{at=}"
-        os.environ["MNEMOSYNE_EMULATED"] = fault
+        fault = f"fault={self._fault},{at=},server={self._device.generation + 1}"
+        os.environ["MNEMOSYNE_EMULATED"] = "" if self._is_over else fault
         self._recover(timeout_s)
 
     def end(self) -> None:
