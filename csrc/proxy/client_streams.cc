@@ -60,9 +60,17 @@ class Event final : public Handle {
   }
 
   // Records of a lost server are done: what they stood behind will never be.
-  bool isPending() const {
-    return count_ > done_ && recorded_in_ == connection().generation() &&
-           connection().segment()->events_reached[id()].load() < count_;
+  // What is done stays so, though a late record on another stream, of an event
+  // that had the counter before, may still lower it.
+  bool isPending() {
+    const uint64_t count = count_;
+    if (count <= done_ || recorded_in_ != connection().generation()) {
+      return false;
+    }
+    if (connection().segment()->events_reached[id()].load() < count)
+      return true;
+    done_ = count;
+    return false;
   }
 
   // Its time went with a lost server.
