@@ -8,13 +8,15 @@ from a copy in host memory, and the step is done again.
 """
 
 import argparse
-import ctypes
+import contextlib
 import hashlib
+import itertools
 import os
 import random
 import struct
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -23,6 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
+
+from mnemosyne_plugin import proxy
+from mnemosyne_plugin.errors import FatalError
+from mnemosyne_plugin.proxy import DeviceProxy
 
 VOCABULARY = 96
 LENGTH = 32
@@ -93,96 +99,128 @@ class Text(Dataset[Tensor]):
         return torch.tensor(tokens)
 
 
-class Proxy:
-    """The client in this process."""
+class Peers:
+    """The other ranks, and how all of them go back together.
 
-    HEALTHY, LOST = 1, 2
+    An epoch ends when some rank says that its device is lost. A thread of each waits
+    for that, and sees to it that nobody waits for a rank that will not come.
+    """
 
-    def __init__(self) -> None:
-        self.library = ctypes.CDLL(None)
+    def __init__(self, device: DeviceProxy) -> None:
+        self.device = device
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.store, self.watched = self.connect(), self.connect()
+        self.epoch = 0
+        self.is_over = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
 
-    @property
-    def state(self) -> int:
-        """Say whether the server is there."""
-        return int(self.library.mnemosyne_proxy_state())
+    @staticmethod
+    def connect() -> dist.Store:
+        """Return one more connection to the store that all ranks met at."""
+        port = int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
 
-    @property
-    def num_servers(self) -> int:
-        """Return how many there were."""
-        return int(self.library.mnemosyne_proxy_generation())
+    def watch(self) -> None:
+        """Notice the end of each epoch."""
+        self.watched.set_timeout(timedelta(hours=1))
+        for epoch in itertools.count():
+            if self.watched.get(f"end/{epoch}/{self.rank}") == b"close":
+                return
+            self.is_over.set()
+            self.device.abort_communicators()
+            self.watched.set(f"noticed/{epoch}/{self.rank}", "")
+            self.watched.wait([f"next/{epoch}/{self.rank}"])
 
-    def recover(self) -> None:
-        """Start a new server; memory is at its old addresses, with nothing in it."""
-        while self.library.mnemosyne_proxy_recover(60_000) != 0:
-            if self.state != self.LOST:
-                raise RuntimeError(f"no new server: state={self.state}")
+    def close(self) -> None:
+        """End the thread; all is done."""
+        self.store.set(f"end/{self.epoch}/{self.rank}", "close")
+        self.thread.join()
 
-    def remake_communicators(self, store: dist.Store, generation: str) -> None:
-        """Agree with the other ranks on new ids for the communicators of all."""
-        handles = (ctypes.c_void_p * 16)()
-        sizes, ranks = (ctypes.c_int * 16)(), (ctypes.c_int * 16)()
-        ids = ctypes.create_string_buffer(16 * 128)
-        count = self.library.mnemosyne_proxy_comms(handles, sizes, ranks, ids, 16)
-        for at in range(count):
-            key = f"{generation}/{ids.raw[at * 128 : at * 128 + 128].hex()}"
-            unique_id = ctypes.create_string_buffer(128)
-            if ranks[at] == 0:
-                check(self.library.ncclGetUniqueId(unique_id))
-                store.set(key, unique_id.raw)
-            else:
-                unique_id.raw = store.get(key)
-            remake = self.library.mnemosyne_proxy_reinit_comm
-            check(remake(ctypes.c_void_p(handles[at]), unique_id))
+    def end_epoch(self) -> None:
+        """Tell all ranks that they must go back."""
+        for rank in range(self.size):
+            self.store.set(f"end/{self.epoch}/{rank}", "lost")
+        self.store.wait([f"noticed/{self.epoch}/{self.rank}"])
 
+    def agree(self, step: int) -> int:
+        """Return the earliest step of all ranks, and begin the next epoch."""
+        self.store.set(f"step/{self.epoch}/{self.rank}", str(step))
+        keys = [f"step/{self.epoch}/{rank}" for rank in range(self.size)]
+        earliest = min(int(self.store.get(key)) for key in keys)
+        self.is_over.clear()
+        self.store.set(f"next/{self.epoch}/{self.rank}", "")
+        self.epoch += 1
+        return earliest
 
-def check(result: int) -> None:
-    """Raise what NCCL returned."""
-    if result != 0:
-        raise RuntimeError(f"ncclResult_t {result}")
+    def renew_communicators(self) -> bool:
+        """Make those of all ranks anew, behind their handles; tell whether all came."""
+        for communicator in self.device.communicators():
+            key = f"id/{self.epoch}/{communicator.key}"
+            if communicator.rank == 0:
+                unique_id = ""  # the others must not wait for what will not come
+                with contextlib.suppress(FatalError):
+                    unique_id = self.device.new_unique_id()
+                self.store.set(key, unique_id)
+            unique_id = self.store.get(key).decode()
+            if not unique_id or self.device.renew(communicator, unique_id) != 0:
+                return False
+        return True
 
 
 class Training:
-    """A model with its optimizer, and the copy of both from the last step."""
+    """A model with its optimizer, and copies of both from the last steps."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed)
-        model = GPT(options.layers, options.dropout)
-        if options.dtype == "bf16":
-            model = model.bfloat16()
+        self.options = options
         self.device = torch.device(options.device)
-        self.model: nn.Module = model.to(self.device)
-        self.is_amp = options.dtype == "amp"
-        self.is_kept = not options.counts
-        if options.ddp:
-            self.model = DistributedDataParallel(self.model, device_ids=[0])
+        self.module = GPT(options.layers, options.dropout)
+        if options.dtype == "bf16":
+            self.module = self.module.bfloat16()
+        self.module.to(self.device)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=1e-3, weight_decay=0.1, fused=True
+            self.module.parameters(), lr=1e-3, weight_decay=0.1, fused=True
         )
-        self.addresses = [p.data_ptr() for p in self.model.parameters()]
-        self.save()
+        self.addresses = [p.data_ptr() for p in self.module.parameters()]
+        self.saved: dict[int, tuple[list[Tensor], Tensor | None]] = {}
+        self.save(0)
+
+    def begin(self) -> None:
+        """Wrap the model; again after a loss, which may have cut a reduction short."""
+        self.model: nn.Module = self.module
+        if self.options.ddp:
+            self.model = DistributedDataParallel(self.module, device_ids=[0])
 
     def tensors(self) -> list[Tensor]:
         """Return all that a step begins with."""
-        found = [*self.model.parameters(), *self.model.buffers()]
+        found = [*self.module.parameters(), *self.module.buffers()]
         for state in self.optimizer.state.values():
             found += [state[key] for key in sorted(state)]
         return [tensor.detach() for tensor in found]
 
-    def save(self) -> None:
-        """Copy it to host memory."""
-        self.saved = [tensor.cpu() for tensor in self.tensors()]
-        self.random = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+    def save(self, step: int, is_doomed: Callable[[], bool] = lambda: False) -> bool:
+        """Copy it to host memory, as what `step` begins with."""
+        copies = [tensor.cpu() for tensor in self.tensors()]
+        draws = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        if is_doomed():
+            return False
+        self.saved[step] = copies, draws
+        self.saved.pop(step - 2, None)  # another rank may be one step behind
+        return True
 
-    def restore(self) -> None:
+    def restore(self, step: int) -> None:
         """Bring it back to where it was."""
+        copies, draws = self.saved[step]
         self.optimizer.zero_grad(set_to_none=True)
-        if len(self.saved) < len(self.tensors()):
+        if len(copies) < len(self.tensors()):
             self.optimizer.state.clear()  # the first step made it
-        for tensor, saved in zip(self.tensors(), self.saved, strict=True):
-            tensor.copy_(saved)
-        torch.cuda.set_rng_state(self.random)
+        for tensor, copy in zip(self.tensors(), copies, strict=True):
+            tensor.copy_(copy)
+        torch.cuda.set_rng_state(draws)
         torch.cuda.synchronize()
-        assert self.addresses == [p.data_ptr() for p in self.model.parameters()]
+        assert self.addresses == [p.data_ptr() for p in self.module.parameters()]
+        self.begin()
 
     def step(self, batches: list[Tensor]) -> float:
         """Take one step with the gradients of all batches; return the mean loss."""
@@ -190,24 +228,72 @@ class Training:
         for batch in batches:
             there = batch.to(self.device, non_blocking=True)
             tokens, targets = there[:, :-1].contiguous(), there[:, 1:].contiguous()
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_amp):
+            is_amp = self.options.dtype == "amp"
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=is_amp):
                 loss = self.model(tokens, targets) / len(batches)
             loss.backward()
             total += loss.detach()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss_value = total.item()
-        if self.is_kept:
-            self.save()
-        return loss_value
+        return total.item()
 
-    def digest(self) -> str:
+    def digest(self, step: int) -> str:
         """Hash all that training has changed."""
         hashed = hashlib.sha256()
-        for tensor in self.saved:
+        for tensor in self.saved[step][0]:
             hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         return hashed.hexdigest()[:16]
+
+
+class Recovery:
+    """Goes back to the last step that all have done."""
+
+    def __init__(
+        self, options: argparse.Namespace, device: DeviceProxy, peers: Peers | None
+    ) -> None:
+        self.options, self.device, self.peers = options, device, peers
+        self.draw = random.Random(options.seed + int(os.environ.get("RANK", 0)))
+        self.num_servers = 0
+
+    def is_needed(self) -> bool:
+        """Whether the device is lost, or that of another rank."""
+        if self.device.is_lost or self.peers is None:
+            return self.device.is_lost
+        return self.peers.is_over.is_set() or self.device.communicator_error() != 0
+
+    def start_server(self, step: int) -> None:
+        """Start one that dies at one of its first operations, unless it is late."""
+        fault = ""
+        is_late = (
+            step >= self.options.steps - 3 or self.num_servers > self.options.kills
+        )
+        if self.options.kill_within and not is_late:
+            at = self.draw.randrange(self.options.kill_within)
+            number = self.device.generation
+            fault = f"fault=kill,{at=},server={number + 1}"
+        os.environ["MNEMOSYNE_EMULATED"] = fault
+        self.num_servers += 1
+        self.device.recover(60)
+
+    def run(self, training: Training, step: int) -> int:
+        """Bring the state back; return the step to do again."""
+        while True:
+            try:
+                if self.peers is not None:
+                    self.peers.end_epoch()
+                while self.device.is_lost:
+                    with contextlib.suppress(FatalError):
+                        self.start_server(step)
+                if self.peers is not None:
+                    step = self.peers.agree(step)
+                    if not self.peers.renew_communicators():
+                        continue
+                training.restore(step)
+                return step
+            except RuntimeError:
+                if not self.is_needed():
+                    raise
 
 
 def batches(options: argparse.Namespace) -> Iterator[list[Tensor]]:
@@ -222,14 +308,6 @@ def batches(options: argparse.Namespace) -> Iterator[list[Tensor]]:
     source = iter(loader)
     for _ in range(options.steps):
         yield [next(source) for _ in range(options.accumulate)]
-
-
-def schedule_kill(draw: random.Random, within: int, number: int) -> None:
-    """Have the next server die at one of its first operations."""
-    if within > 0:
-        at = draw.randrange(within)
-        # Only that one: it may die before it has all memory.
-        os.environ["MNEMOSYNE_EMULATED"] = f"fault=kill,at={at},server={number}"
 
 
 def main() -> None:
@@ -260,48 +338,54 @@ def main() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # has no host function
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_flash_sdp(options.attention == "flash")
-    proxy = Proxy()
-    draw = random.Random(options.seed)
-    num_recoveries = 0
+    device, peers = proxy.loaded(), None
     if options.ddp:
         dist.init_process_group("nccl", timeout=timedelta(seconds=60))
+        peers = Peers(device)
     training = Training(options)
-    if options.kill_within > 0:
-        # From here on; what is before is not to be repeated.
-        proxy.library.mnemosyne_proxy_kill()
-    for step, step_batches in enumerate(batches(options)):
-        loss = None
-        while loss is None:
-            try:
-                if num_recoveries and proxy.state != Proxy.HEALTHY:
-                    raise RuntimeError("lost before the step")
-                loss = training.step(step_batches)
-            except RuntimeError:
-                if proxy.state == Proxy.HEALTHY:
-                    raise
-                loss = None
-            while loss is None and proxy.state != Proxy.HEALTHY:
-                num_recoveries += 1
-                is_last = num_recoveries >= options.kills
-                within = 0 if is_last else options.kill_within
-                schedule_kill(draw, within, proxy.num_servers + 1)
-                if is_last:
-                    os.environ["MNEMOSYNE_EMULATED"] = ""
-                proxy.recover()
-                try:
-                    training.restore()
-                except RuntimeError:
-                    if proxy.state == Proxy.HEALTHY:
-                        raise
-        print(step, struct.pack(">d", loss).hex(), f"{loss:.6f}", flush=True)
-    print("digest", training.digest(), flush=True)
-    if options.counts:
-        counts = (ctypes.c_uint64 * 4)()
-        proxy.library.mnemosyne_proxy_counts(counts)
-        print("counts", *counts[:3])
-    print(f"recoveries {num_recoveries}", file=sys.stderr)
-    if options.ddp:
+    training.begin()
+    train(options, training, Recovery(options, device, peers) if device else None)
+    if peers is not None:
+        peers.close()
         dist.destroy_process_group()
+
+
+def train(
+    options: argparse.Namespace, training: Training, recovery: Recovery | None
+) -> None:
+    """Do all steps, some of them again; then print what they gave."""
+    source = batches(options)
+    read: dict[int, list[Tensor]] = {}
+    losses: dict[int, float] = {}
+    if options.kill_within:
+        recovery.device.kill()  # what is before is not to be repeated
+    step = 0
+    while step < options.steps:
+        if step not in read:
+            read[step] = next(source)
+            read.pop(step - 2, None)
+        try:
+            loss = training.step(read[step])
+            is_done = options.counts or training.save(
+                step + 1, recovery.is_needed if recovery else bool
+            )
+        except RuntimeError:
+            if recovery is None or not recovery.is_needed():
+                raise
+            is_done = False
+        if is_done:
+            losses[step] = loss
+            step += 1
+        if recovery is not None and (recovery.is_needed() or not is_done):
+            step = recovery.run(training, step)
+    for step, loss in losses.items():
+        print(step, struct.pack(">d", loss).hex(), f"{loss:.6f}")
+    if options.counts:
+        print("counts", *itertools.islice(recovery.device.counts().values(), 3))
+    else:
+        print("digest", training.digest(options.steps))
+    if recovery is not None:
+        print(f"recoveries {recovery.num_servers}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
 """A training loop of torch survives the ends of its device's server."""
 
+from subprocess import CompletedProcess
+
 import pytest
-from under_proxy import needs_torch, run
+from under_proxy import needs_torch, run, run_ranks
 
 pytestmark = [needs_torch, pytest.mark.timeout(900)]
 
 # About 330 operations in a step, and 120 to bring the state back.
 KILLS = ["--kill-within=700", "--kills=120"]
+
+
+def num_recoveries(done: CompletedProcess[str]) -> int:
+    """Return how many servers a program started after its first."""
+    return int(done.stderr.rsplit("recoveries ", 1)[1].split()[0])
 
 
 @pytest.mark.parametrize(
@@ -24,5 +31,14 @@ def test_a_server_that_ends_anywhere_changes_no_bit_of_the_training(
     # What is not brought back is NaN.
     disturbed = run("gpt.py", "--steps=30", *options, *KILLS)
     assert disturbed.stdout == undisturbed.stdout
-    recoveries = int(disturbed.stderr.rsplit("recoveries ", 1)[1].split()[0])
-    assert recoveries > 30
+    assert num_recoveries(disturbed) > 30
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_servers_of_any_rank_that_end_change_no_bit_of_ddp(world_size: int) -> None:
+    options = ["--ddp", "--steps=12", "--dropout=0.1"]
+    undisturbed = run_ranks(world_size, "gpt.py", *options)
+    kills = ["--kill-within=1200", "--kills=12"]  # of both, also while they go back
+    disturbed = run_ranks(world_size, "gpt.py", *options, *kills)
+    assert [x.stdout for x in disturbed] == [x.stdout for x in undisturbed]
+    assert all(num_recoveries(x) > 6 for x in disturbed)

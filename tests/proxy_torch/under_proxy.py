@@ -1,8 +1,10 @@
 """How programs are run by torch's CUDA build, on the device proxy."""
 
 import os
+import socket
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ def environment(**variables: str) -> dict[str, str]:
         # A kernel without a host function is an error.
         "MNEMOSYNE_EMULATED": "",
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
         **variables,
     }
 
@@ -36,7 +39,7 @@ def launch(
     """Run a program of this folder by `mnemosyne run --device-proxy`."""
     # The extension in the tree serves torch's CUDA build of the same version as well.
     command = [PYTHON, "-m", "mnemosyne_plugin.cli", "run", "--device-proxy", *launcher]
-    variables = environment(PYTHONPATH=str(ROOT))
+    variables = environment()
     del variables["LD_PRELOAD"]  # the launcher's business
     return _finish([*command, str(HERE / program), *args], variables)
 
@@ -47,7 +50,9 @@ def run(
     """Run a program of this folder to its end, which must be a good one."""
     return _finish(
         [PYTHON, str(HERE / program), *args],
-        environment(**variables) if on_proxy else None,
+        environment(**variables)
+        if on_proxy
+        else os.environ | {"PYTHONPATH": str(ROOT)},
     )
 
 
@@ -59,3 +64,25 @@ def _finish(
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def run_ranks(
+    world_size: int, program: str, *args: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run one for each rank, which meet on this machine."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    meeting = {
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    with ThreadPoolExecutor() as pool:
+        return list(
+            pool.map(
+                lambda rank: run(program, *args, RANK=str(rank), **meeting),
+                range(world_size),
+            )
+        )
