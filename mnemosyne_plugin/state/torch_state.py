@@ -65,7 +65,8 @@ def allocate_optimizer(
         parameter = parameters[place]
         is_there = entry.shape or id(parameter) in counts_on_device
         value = before.get(parameter, {}).get(name)
-        if value is None or describe({entry.key: value}) != (entry,):
+        is_tensor = isinstance(value, torch.Tensor)
+        if not is_tensor or describe({entry.key: value}) != (entry,):
             value = torch.empty(
                 entry.shape,
                 dtype=torch_dtype(entry.dtype),
