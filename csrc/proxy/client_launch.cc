@@ -341,19 +341,62 @@ MNEMOSYNE_EXPORT int cudaOccupancyMaxActiveBlocksPerMultiprocessor(
       blocks, stub, block, shared_bytes, 0);
 }
 
-// The address holds until the server ends: a variable of device code is made
-// anew in the next one, elsewhere and with its first value.
-MNEMOSYNE_EXPORT int cudaGetSymbolAddress(void** address, const void* host) {
+namespace {
+
+struct Global {
+  uint64_t address = 0;
+  uint64_t size_bytes = 0;
+};
+
+int findGlobal(const void* host, Global* found) {
   const Variable* variable = registry().variable(host);
   if (variable == nullptr) return report(13);  // cudaErrorInvalidSymbol
-  uint64_t found[2] = {};
-  Answer answer{found, sizeof found};
-  const int error = Connection::instance().call(
+  Answer answer{found, sizeof *found};
+  return report(Connection::instance().call(
       CommandWriter(kGlobalAddress)
           .put(variable->image->id())
           .putBytes(variable->name, std::strlen(variable->name)),
-      &answer, {variable->image});
-  *address = reinterpret_cast<void*>(found[0]);
+      &answer, {variable->image}));
+}
+
+}  // namespace
+
+// The address holds until the server ends: a variable of device code is made
+// anew in the next one, elsewhere and with its first value.
+MNEMOSYNE_EXPORT int cudaGetSymbolAddress(void** address, const void* host) {
+  Global global;
+  const int error = findGlobal(host, &global);
+  *address = reinterpret_cast<void*>(global.address);
+  return error;
+}
+
+MNEMOSYNE_EXPORT int cudaGetSymbolSize(size_t* size_bytes, const void* host) {
+  Global global;
+  const int error = findGlobal(host, &global);
+  *size_bytes = global.size_bytes;
+  return error;
+}
+
+// By way of memory of ours: a variable's own address is outside of our range,
+// where copy() would take it for host memory.
+MNEMOSYNE_EXPORT int cudaMemcpyFromSymbol(void* to, const void* host,
+                                          size_t size_bytes, size_t offset,
+                                          int) {
+  Global global;
+  if (const int error = findGlobal(host, &global); error != 0) return error;
+  if (size_bytes == 0) return 0;
+  void* between = nullptr;
+  int error = allocate(&between, size_bytes);
+  if (error != 0) return report(error);
+  error =
+      Connection::instance().post(CommandWriter(kCopy)
+                                      .put(uint32_t{0})
+                                      .put(reinterpret_cast<uint64_t>(between))
+                                      .put(global.address + offset)
+                                      .put(uint64_t{size_bytes}));
+  if (error == 0) error = copy(to, between, size_bytes, nullptr);
+  if (error == 0) error = syncStream(nullptr);
+  release(between);
   return report(error);
 }
 

@@ -47,8 +47,9 @@ def servers() -> set[int]:
     return found
 
 
-def test_a_program_computes_on_the_proxy_what_it_should() -> None:
-    done = run("vector_add")
+@pytest.mark.parametrize("program", ["vector_add", "symbols"])
+def test_a_program_computes_on_the_proxy_what_it_should(program: str) -> None:
+    done = run(program)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
