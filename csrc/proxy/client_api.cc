@@ -74,6 +74,11 @@ MNEMOSYNE_EXPORT void mnemosyne_proxy_message(char* text, int size) {
   std::snprintf(text, size, "%s", Connection::instance().message().c_str());
 }
 
+// Tells one sequence of commands from another, since the last call of this.
+MNEMOSYNE_EXPORT uint64_t mnemosyne_proxy_take_trace() {
+  return Connection::instance().takeTrace();
+}
+
 // Commands sent, those of them that waited for an answer, their bytes, and
 // calls that were refused because the proxy does not support them.
 MNEMOSYNE_EXPORT void mnemosyne_proxy_counts(uint64_t counts[4]) {

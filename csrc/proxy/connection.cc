@@ -99,6 +99,31 @@ class Waiting {
   std::atomic<int64_t>& since_;
 };
 
+// Whether a program's own progress, and nothing else, leads to this command.
+bool isOfTheProgram(uint16_t opcode) {
+  switch (opcode) {
+    case kAttach:
+    case kMapMemory:
+    case kUnmapMemory:
+    case kMapHost:
+    case kUnmapHost:
+    case kMemoryInfo:
+    case kCreateStream:
+    case kQueryStream:
+    case kCreateEvent:
+    case kQueryEvent:
+    case kSyncEvent:
+    case kLoadLibrary:
+    case kLoadKernel:
+    case kSetKernelAttribute:
+    case kKernelParameters:
+    case kNcclErrors:
+      return false;
+    default:
+      return true;
+  }
+}
+
 std::vector<char*> pointers(std::vector<std::string>& strings) {
   std::vector<char*> all;
   for (auto& string : strings) all.push_back(string.data());
@@ -358,6 +383,13 @@ void Connection::need(Handle* handle) {
 int Connection::submit(const CommandWriter& command, uint16_t reply) {
   num_commands_.fetch_add(1, std::memory_order_relaxed);
   num_bytes_.fetch_add(command.payload().size(), std::memory_order_relaxed);
+  if (isOfTheProgram(command.opcode())) {
+    constexpr uint64_t kPrime = 0x100000001b3;  // of FNV-1a
+    const uint64_t what =
+        command.opcode() + (uint64_t{command.payload().size()} << 16);
+    const uint64_t before = trace_.load(std::memory_order_relaxed);
+    trace_.store((before ^ what) * kPrime + 1, std::memory_order_relaxed);
+  }
   const Waiting waiting(waits_[kNumReplies]);
   if (!ring_->put(command.opcode(), reply, command.payload()) || is_lost_) {
     return error_ != 0 ? error_.load() : int{kCudaLaunchFailure};

@@ -129,6 +129,10 @@ class Connection {
   uint64_t numCommands() const { return num_commands_.load(); }
   uint64_t numCalls() const { return num_calls_.load(); }
   uint64_t numBytes() const { return num_bytes_.load(); }
+  // A number that tells one sequence of commands (what, and how long) from
+  // another, since it was last asked for. What servers are told to know things
+  // and what only looks are not in it.
+  uint64_t takeTrace() { return trace_.exchange(0); }
 
   // Which addresses are in use; both lock themselves.
   AddressSpace device_space{kDeviceBase, kDeviceBase + kDeviceBytes,
@@ -180,6 +184,7 @@ class Connection {
   std::atomic<pid_t> pid_{0};
   std::atomic<uint64_t> generation_{0};
   std::atomic<uint64_t> num_commands_{0}, num_calls_{0}, num_bytes_{0};
+  std::atomic<uint64_t> trace_{0};
 
   std::mutex slots_mutex_;
   std::condition_variable slot_freed_;

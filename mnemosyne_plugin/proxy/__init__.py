@@ -74,6 +74,7 @@ class DeviceProxy:
         self._c = library
         self._c.mnemosyne_proxy_waiting_seconds.restype = ctypes.c_double
         self._c.mnemosyne_proxy_generation.restype = ctypes.c_uint64
+        self._c.mnemosyne_proxy_take_trace.restype = ctypes.c_uint64
         self.timeout_s = float(os.environ.get(_TIMEOUT, TIMEOUT_S))
         """The longest wait for the device that is not given up."""
 
@@ -135,6 +136,10 @@ class DeviceProxy:
         paths = [folder / name for name in libraries]
         names = (elf.dynamic_names(path) for path in paths if path.exists())
         return sorted(unsupported.intersection(set().union(*names)))
+
+    def take_trace(self) -> int:
+        """Return a number that tells the commands since its last call from others."""
+        return int(self._c.mnemosyne_proxy_take_trace())
 
     def recover(self, timeout_s: float) -> None:
         """Start a new server, with all memory at its old addresses, full of NaN.

@@ -356,7 +356,7 @@ def train(
     """Do all steps, some of them again; then print what they gave."""
     source = batches(options)
     read: dict[int, list[Tensor]] = {}
-    losses: dict[int, float] = {}
+    losses: dict[int, tuple[float, int]] = {}
     if options.kill_within:
         recovery.device.kill()  # what is before is not to be repeated
     step = 0
@@ -365,7 +365,10 @@ def train(
             read[step] = next(source)
             read.pop(step - 2, None)
         try:
+            if recovery is not None:
+                recovery.device.take_trace()
             loss = training.step(read[step])
+            trace = recovery.device.take_trace() if recovery is not None else 0
             is_done = options.counts or training.save(
                 step + 1, recovery.is_needed if recovery else bool
             )
@@ -374,12 +377,12 @@ def train(
                 raise
             is_done = False
         if is_done:
-            losses[step] = loss
+            losses[step] = loss, trace
             step += 1
         if recovery is not None and (recovery.is_needed() or not is_done):
             step = recovery.run(training, step)
-    for step, loss in losses.items():
-        print(step, struct.pack(">d", loss).hex(), f"{loss:.6f}")
+    for step, (loss, trace) in losses.items():
+        print(step, struct.pack(">d", loss).hex(), f"{loss:.6f} {trace:016x}")
     if options.counts:
         print("counts", *itertools.islice(recovery.device.counts().values(), 3))
     else:
