@@ -39,6 +39,10 @@ class _Redo(BaseException):
     """Unwinds a doomed step; not an Exception, so that user code lets it pass."""
 
 
+class _Made(BaseException):
+    """Unwinds an optimizer's step that the others have made, and this rank has."""
+
+
 class _FixedBuckets:
     """A DDP reducer that keeps the buckets it began with.
 
@@ -121,20 +125,30 @@ class Session:
         same random state and buffers, and only the last one mutates parameters.
         """
         self._manager.phase("data")
-        self._manager.begin()
-        self._buffers.begin()
+        inputs, generation = self._inputs(args, kwargs), self._manager.device_generation
+        if self._manager.begin() is Outcome.REDO:
+            raise FatalError(
+                f"a device was lost with the only copy of step {self._manager.version} "
+                "made; restart from your last checkpoint"
+            )
+        is_again = self._manager.device_generation != generation
         rng = capture_rng()
-        inputs = Inputs(args, kwargs) if self._results is not None else None
+
+        def attempt() -> Any:
+            self._buffers.rewind()
+            self._buffers.begin()
+            if is_again and inputs is not None:
+                inputs.put_back()
+            self._manager.phase("forward")
+            return train_step(*args, **kwargs)
+
         while True:
             self._has_voted = False
-            self._manager.phase("forward")
             try:
-                result = self._run(train_step, *args, **kwargs)
+                result = self._run(attempt)
             except _Redo:
                 restore_rng(rng)
-                self._buffers.rewind()
-                if inputs is not None:
-                    inputs.put_back()
+                is_again = True
                 continue
             if not self._has_voted:
                 raise FatalError("train_step must call optimizer.step() exactly once")
@@ -142,12 +156,27 @@ class Session:
             self._manager.end()
             return result
 
-    def _run(self, train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _inputs(self, *arguments: Any) -> Inputs | None:
         if self._results is None:
-            return train_step(*args, **kwargs)
+            return None
+        try:
+            return Inputs(*arguments)
+        except RuntimeError as error:
+            if not self._manager.is_device_lost:
+                raise
+            raise FatalError(
+                "the device was lost between two steps, and the next batch with it; "
+                "give session.run batches in host memory, and move them in train_step"
+            ) from error
+
+    def _run(self, attempt: Callable[[], Any]) -> Any:
+        if self._results is None:
+            return attempt()
         self._results.begin()
         try:
-            return train_step(*args, **kwargs)
+            return attempt()
+        except FatalError:
+            raise
         except Exception:
             # A lost device, or another rank's, is an exception anywhere in a step.
             if self._has_voted or not self._manager.is_doomed:
@@ -160,25 +189,29 @@ class Session:
     def _before_mutation(self, *_: Any) -> None:
         if self._has_voted:
             raise FatalError("train_step must call optimizer.step() exactly once")
+        if self._results is not None:
+            # Before the vote: behind it a device that is lost here leaves no loss.
+            self._results.keep(Session._run.__code__)
         if self._manager.commit() is Outcome.REDO:
             raise _Redo
         self._has_voted = True
-        if self._results is not None:
-            self._results.keep(Session._run.__code__)
+        if self._manager.is_ahead:
+            raise _Made
 
     def _see_through(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Make a mutation in which the device is lost look as if it had not been."""
 
         @functools.wraps(step)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            result = None
+            result, generation = None, self._manager.device_generation
             try:
                 result = step(*args, **kwargs)
+            except _Made:
+                pass
             except Exception:
                 if not (self._has_voted and self._manager.is_device_lost):
                     raise
-            generation = self._manager.device_generation
-            if self._manager.mutated() is Outcome.REDO:
+            if not self._manager.is_ahead and self._manager.mutated() is Outcome.REDO:
                 raise _Redo
             assert self._results is not None
             if self._manager.device_generation != generation:

@@ -50,7 +50,7 @@ class Results:
         self._roots, self._kept = [], []
 
     def keep(self, outermost: CodeType) -> None:
-        """Copy them; the device has computed them by now.
+        """Copy them, when the device has computed them.
 
         outermost: of the function that called the step.
         """

@@ -103,7 +103,7 @@ class Device:
             {
                 "key": each.key,
                 "num_ranks": each.num_ranks,
-                "id": self.proxy.new_unique_id() if each.rank == 0 else "",
+                "id": self._new_id() if each.rank == 0 else "",
             }
             for each in ours
         ]
@@ -112,15 +112,25 @@ class Device:
         for each in sorted(ours, key=lambda each: each.key):
             self._renew(each, ids[each.key])
 
+    def _new_id(self) -> str:
+        try:
+            return self.proxy.new_unique_id()
+        except FatalError:
+            self.look()
+            failure = self._mesh.failure()
+            if failure is None:
+                raise
+            raise failure from None  # it is lost once more
+
     def _renew(self, communicator: Communicator, unique_id: str) -> None:
         error = self.proxy.renew(communicator, unique_id)
         if error == 0:
             return
         self.look()
-        failure = self._mesh.failure()
-        raise failure or GroupAborted(
-            f"a communicator of NCCL cannot be made anew: error {error}", self._rank
-        )
+        # The others go on to what follows, so all have to begin again.
+        what = f"a communicator of NCCL cannot be made anew: error {error}"
+        self._mesh.fence(f"rank {self._rank}: {what}")
+        raise self._mesh.failure() or GroupAborted(what, self._rank)
 
     def _loss(self) -> str:
         return self.proxy.describe_loss()
@@ -146,7 +156,9 @@ class Device:
         if not is_latched:
             self._latched_at = None
         else:
-            limit = min(limit, _GRACE_S)
+            # A device takes longer to start than to be aborted.
+            is_starting = self.proxy.state == "restoring"
+            limit = _START_TIMEOUT_S if is_starting else min(limit, _GRACE_S)
             self._latched_at = self._latched_at or now
             waited = min(waited, now - self._latched_at)
         if waited < limit:

@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 _NUM_BUDDIES = 2  # without shards: a rank and its neighbour may be lost at once
 _MAX_VAIN = 4  # repairs of a job that has not come further, with nobody lost
-_TIMEOUT_S = 1800.0  # longest wait for a membership: a fresh worker may be starting
+_MAX_LOSSES = 20  # of one rank's device in the same step
+_TIMEOUT_S = 1800.0  # longest recovery: a fresh worker may be starting
 
 
 class State(Enum):
@@ -95,7 +96,9 @@ class Manager:
         self._is_setting_up = True
         self._is_newcomer = seat.setup_log is not None
         self._has_voted = False
-        self._is_ahead = False  # in a step whose end this rank got from others
+        self.is_ahead = False
+        """In a step that the others have made: their state is here, mutate nothing."""
+        self._losses = (-1, 0)  # the device's last one: in which step, the n-th there
         self._state = State.RUNNING
         self._protection: Protection | None = None
         self._is_first_step = self._is_newcomer
@@ -344,6 +347,7 @@ class Manager:
         ``begin`` again.
         """
         self.phase("between")
+        self._protected().catch_up()
         self.end_setup()
         if self._is_stopping and self.on_stop is not None:
             self.on_stop()
@@ -421,18 +425,11 @@ class Manager:
         whose state this rank has now. REDO: as that of ``commit``.
         """
         assert self._device is not None
-        before = self.version
-        try:
-            self._device.wait()
-        finally:
-            is_lost = self._device.proxy.is_lost
-        if is_lost:
-            self._recover()
-            if self.version == before:
-                self._emit_redo()
-                return Outcome.REDO
-            self._is_ahead = True
-        return Outcome.COMMIT
+        self._device.wait()
+        if not self._device.proxy.is_lost:
+            return Outcome.COMMIT
+        self._device.look()
+        return self.recover()
 
     def _tell_footprint(self, protection: Protection) -> None:
         footprint = protection.footprint(self.version)
@@ -460,8 +457,10 @@ class Manager:
         REDO, also where nothing has failed: make the steps from ``version`` on.
         """
         if self.has_failed:
+            before = self.version
             decision = self._recover()
-            if decision.outcome(self.rank) is Outcome.COMMIT:
+            self.is_ahead = self.version > before
+            if self.is_ahead or decision.outcome(self.rank) is Outcome.COMMIT:
                 return Outcome.COMMIT
             self._emit_redo()
         return Outcome.REDO
@@ -476,9 +475,9 @@ class Manager:
         if protection.is_sharded and self.has_failed:
             return Outcome.REDO
         self.mesh.absorb(False)
-        if not self._is_ahead:
+        if not self.is_ahead:
             self.version += 1
-        self._is_ahead = False
+        self.is_ahead = False
         self._furthest = max(self._furthest, self.version)
         self._has_voted = False
         protection.take(self.version)
@@ -494,6 +493,8 @@ class Manager:
 
     def finish(self) -> None:
         """The script is done: stay as a source of state until all ranks are."""
+        if self._protection is not None:
+            self._protection.catch_up()
         if self.has_snapshots:
             self._settle()
         self._agent.send("done")
@@ -575,6 +576,10 @@ class Manager:
                 return decision
             except RecoverableError as error:
                 logger.info("rank=%d recovery failed: %s; again", self.rank, error)
+                if time.monotonic() > deadline:
+                    raise FatalError(
+                        f"the job could not be repaired in {_TIMEOUT_S:.0f} s: {error}"
+                    ) from error
                 self._enter(State.FENCED)
             except RuntimeError as error:
                 if isinstance(error, FatalError) or not self.is_device_lost:
@@ -582,6 +587,18 @@ class Manager:
                 assert self._device is not None
                 self._device.look()
                 self._enter(State.FENCED)
+
+    def _count_loss(self) -> None:
+        """Raise FatalError where the device is lost in the same step for ever."""
+        step, count = self._losses
+        count = count + 1 if step == self.version else 1
+        self._losses = self.version, count
+        if count >= _MAX_LOSSES:
+            raise FatalError(
+                f"rank {self.rank} lost its device {count} times in step "
+                f"{self.version}: does a kernel that the script runs there break it? "
+                f"The last failure: {self._failure}"
+            )
 
     def _emit_redo(self) -> None:
         self._has_voted = False
@@ -594,8 +611,8 @@ class Manager:
         if failure is not None or self._agent.membership.epoch > self.mesh.epoch:
             self._failure = failure or self._failure
             self._enter(State.FENCED)
-            if self._device is not None:
-                self._device.recover()
+            if self._device is not None and self._device.recover():
+                self._count_loss()
             membership = self._agent.wait_for_news(deadline - time.monotonic())
             if membership is None:
                 raise FatalError(

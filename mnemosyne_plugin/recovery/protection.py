@@ -5,6 +5,7 @@ has replicas, packs travel to the buddies before each vote; where a rank has a s
 its snapshots carry the pack.
 """
 
+import copy
 import pickle
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -73,6 +74,7 @@ class Protection:
         """Not in the middle of a mutation. Always, where there is no shard."""
         self.needs_replica = False
         """Whether the device lost what its replicas hold; the host has the rest."""
+        self._scalars: Any = None  # of the next step, where this rank is not in it yet
         self._rng: RngState | None = None
         self._begin_rng: RngState | None = None
         self._has_moved_between = False
@@ -106,6 +108,15 @@ class Protection:
         self._has_moved_between |= self._rng is not None
         self._rng = rng
         self._mirrors.send_begin(version, pack)
+
+    def catch_up(self) -> None:
+        """In front of a step: take what it begins with, if others came to it first."""
+        self._load_scalars()
+        self._scalars = None
+
+    def _load_scalars(self) -> None:
+        if self._scalars is not None:
+            self._training.load_scalars(self._scalars)
 
     def prepare(self, version: int, rng: RngState, *, is_new: bool) -> None:
         """Have everything in place that the commit of step ``version`` relies on.
@@ -222,6 +233,21 @@ class Protection:
         Returns the bytes that this rank has received. With a shard call ``rebuild``
         next: parameters follow from the shards of all.
         """
+        is_ahead = self.needs_replica and decision.target > version
+        if not is_ahead and self._scalars is None:
+            return self._restore(decision, version)
+        # The script has yet to do here what it has done elsewhere behind the mutation,
+        # such as the scheduler's step: what came of that is for the next step.
+        own = copy.deepcopy(self._training.scalars())
+        self._load_scalars()
+        try:
+            size = self._restore(decision, version)
+            self._scalars = copy.deepcopy(self._training.scalars())
+        finally:
+            self._training.load_scalars(own)
+        return size
+
+    def _restore(self, decision: Decision, version: int) -> int:
         if self._rank in decision.sources:
             self._go_back(decision.target, version)
         works: list[Any] = []

@@ -43,6 +43,7 @@ def test_a_lost_device_costs_no_worker_and_no_bit(cluster: Job, tmp_path: Path) 
         *("1:2:forward", "2:4:backward", "0:6:optimizer", "1:8:mutated"),
         *("2:10:between", "0:12:forward", "1:12:forward", "2:0:backward"),
         *("0:14:optimizer", "1:14:mutated", "2:16:mutated", "0:17:between"),
+        *("1:18:vote", "0:20:vote", "2:20:vote"),
     ]
     job = job_in(tmp_path / "lost", lose, ["--device-proxy"])
     assert job.wait(90) == [0], job.output()
@@ -51,6 +52,25 @@ def test_a_lost_device_costs_no_worker_and_no_bit(cluster: Job, tmp_path: Path) 
     assert_redone_at_most_once(job)
     assert len(job.events("device_recovered")) == len(lose), job.output()
     assert all(e.fields["links_replaced"] == 0 for e in job.events("reconfigured"))
+    job.check_nothing_is_left()
+
+
+@pytest.mark.timeout(120)
+def test_a_device_that_the_same_step_breaks_each_time_ends_the_job(
+    cluster: Job, tmp_path: Path
+) -> None:
+    job = cluster(
+        folder=tmp_path / "job",
+        script=SCRIPT,
+        script_args=[f"--steps={STEPS}", "--lose", "1:3:always"],
+        procs_per_agent=2,
+        num_standbys=0,
+        preload=["torch._dynamo"],
+        launch_args=["--device-proxy"],
+        env={"MNEMOSYNE_PROXY_DEVICE": "emulated"},
+    )
+    assert job.wait(60) == [3], job.output()
+    assert "rank 1 lost its device 20 times in step 3" in job.output()
     job.check_nothing_is_left()
 
 

@@ -17,6 +17,7 @@ class FakeProxy:
     """A client whose server does as it is told."""
 
     is_lost = False
+    state = "healthy"
     error = 0
     waiting_s = 0.0
     timeout_s = 600.0
@@ -114,6 +115,41 @@ def test_a_device_that_hangs_is_ended_but_not_one_that_waits_for_others(
     now += 60
     device.watch(is_latched=True)
     assert proxy.kills == 1
+
+
+def test_a_device_that_starts_again_is_given_the_time_for_it(made: Any) -> None:
+    device, proxy, _ = made
+    proxy.state, proxy.waiting_s = "restoring", 60.0
+    device.watch(is_latched=True)
+    device._latched_at -= 60
+    device.watch(is_latched=True)
+    assert proxy.kills == 0
+    device._latched_at -= 60
+    proxy.waiting_s = 120.0
+    device.watch(is_latched=True)
+    assert proxy.kills == 1
+
+
+def test_an_id_that_a_lost_device_does_not_give_is_no_end_of_the_job(made: Any) -> None:
+    device, proxy, mesh = made
+
+    def give() -> str:
+        raise FatalError("NCCL gives no unique id: error 719")
+
+    proxy.new_unique_id = give
+    with pytest.raises(FatalError):
+        device._new_id()
+    proxy.is_lost = True
+    with pytest.raises(StaleEpoch):
+        device._new_id()
+
+
+def test_a_communicator_that_fails_by_itself_has_all_begin_again(made: Any) -> None:
+    device, proxy, mesh = made
+    proxy.renew = lambda *_: 2
+    with pytest.raises(StaleEpoch, match="cannot be made anew: error 2"):
+        device._renew(None, "")
+    assert mesh.fenced is not None
 
 
 def test_a_communicator_that_not_all_ranks_have_is_said() -> None:

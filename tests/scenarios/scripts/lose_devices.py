@@ -2,6 +2,7 @@
 
 The device is emulated, and torch has no CUDA here: each rank owns a few bytes of it, so
 that there is a server. What a loss takes is played by NaN in parameters and moments.
+A scheduler steps behind each step, in the script's own loop.
 """
 
 import argparse
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 import ddp_cpu  # noqa: E402
 
 import mnemosyne_plugin  # noqa: E402
-from mnemosyne_plugin import proxy  # noqa: E402
+from mnemosyne_plugin import proxy, recovery  # noqa: E402
 
 
 class Losing:
@@ -31,7 +32,8 @@ class Losing:
     def at(self, name: str) -> None:
         if (self.step, name) not in self._points:
             return
-        self._points.remove((self.step, name))
+        if name != "always":
+            self._points.remove((self.step, name))
         device = proxy.loaded()
         assert device is not None
         device.kill()
@@ -46,6 +48,15 @@ class Losing:
                     for value in self.optimizer.state.get(parameter, {}).values():
                         value.fill_(torch.nan)
 
+    def vote(self) -> None:
+        """Vote; if the device is lost in it, hear of the loss before the outcome."""
+        plain_vote()
+        if (self.step, "vote") in self._points:
+            self.at("vote")
+            manager = recovery.current()
+            assert manager.is_doomed
+            raise manager.mesh.failure()
+
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         optimizer.register_step_pre_hook(lambda *_: self.at("optimizer"))
@@ -57,6 +68,7 @@ class Hooked(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         losing.at("forward")
+        losing.at("always")
         y = x.clone()
         if y.requires_grad:
             y.register_hook(lambda _: losing.at("backward"))
@@ -64,14 +76,21 @@ class Hooked(torch.nn.Module):
 
 
 def attach(**options: object) -> object:
-    session = plain_attach(**options)
-    losing.watch(options["optimizer"])
+    global plain_vote
+    optimizer = options["optimizer"]
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    session = plain_attach(**options, scheduler=scheduler)
+    losing.watch(optimizer)
+    manager = recovery.current()
+    plain_vote, manager._vote = manager._vote, losing.vote
     run = session.run
 
     def counting_run(*args: object) -> object:
         losing.step = session.step
         losing.at("between")
-        return run(*args)
+        loss = run(*args)
+        scheduler.step()
+        return loss
 
     session.run = counting_run
     return session
