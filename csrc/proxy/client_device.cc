@@ -8,6 +8,7 @@ namespace mnemosyne::proxy {
 namespace {
 
 thread_local int last_error = 0;
+thread_local uint64_t last_error_generation = 0;
 
 struct Named {
   int code;
@@ -46,11 +47,24 @@ const Named* named(int code) {
 }  // namespace
 
 int report(int code) {
-  if (code != 0) last_error = code;
+  if (code != 0) {
+    last_error = code;
+    last_error_generation = Connection::instance().generation();
+  }
   return code;
 }
-int takeLastError() { return std::exchange(last_error, 0); }
-int peekLastError() { return last_error; }
+int takeLastError() {
+  const int error = peekLastError();
+  last_error = 0;
+  return error;
+}
+// What a thread has not asked for while the device was lost is no error of the
+// next server.
+int peekLastError() {
+  return last_error_generation == Connection::instance().generation()
+             ? last_error
+             : 0;
+}
 
 bool onlyBooks() {
   const State state = Connection::instance().state();

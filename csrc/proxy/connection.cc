@@ -156,7 +156,10 @@ Connection& Connection::instance() {
   return *connection;
 }
 
-Connection::Connection() {
+Connection::Connection() { freeAllSlots(); }
+
+void Connection::freeAllSlots() {
+  free_slots_.clear();
   for (size_t slot = kNumReplies; slot > 0; --slot)
     free_slots_.push_back(slot - 1);
 }
@@ -169,14 +172,14 @@ int Connection::start() {
 
 int Connection::use() {
   const State state = state_.load();
-  if (state != State::kHealthy && state != State::kOff) return error_;
+  if (state != State::kHealthy && state != State::kOff) return lossError();
   std::lock_guard<std::mutex> lock(mutex_);
   return prepare(kMapMemory, {});
 }
 
 int Connection::define(Handle* handle) {
   const State state = state_.load();
-  if (state != State::kHealthy && state != State::kOff) return error_;
+  if (state != State::kHealthy && state != State::kOff) return lossError();
   std::lock_guard<std::mutex> lock(mutex_);
   return prepare(kMapMemory, {handle});
 }
@@ -329,9 +332,9 @@ void Connection::watch(std::shared_ptr<Server> server) {
   is_lost_ =
       true;  // first: recover() looks at it when it has cleared the error
   error_ = fault != 0 ? fault : int{kCudaLaunchFailure};
-  if (const int fd = lost_fd_; fd >= 0) eventfd_write(fd, 1);
   State healthy = State::kHealthy;
   state_.compare_exchange_strong(healthy, State::kLost);
+  if (const int fd = lost_fd_; fd >= 0) eventfd_write(fd, 1);
   segment_->ring.close();
   for (Reply& reply : segment_->replies) {
     const auto lost = static_cast<uint32_t>(ReplyState::kLost);
@@ -347,7 +350,7 @@ void Connection::watch(std::shared_ptr<Server> server) {
 // Everything that must stand in front of a command; 0 if it may be sent.
 int Connection::prepare(uint16_t opcode, std::initializer_list<Handle*> needs) {
   if (const int error = startLocked(kStartTimeoutMs); error != 0) return error;
-  if (is_lost_) return error_;
+  if (is_lost_) return lossError();
   if (!is_attached_ && opcode >= kMapMemory) {
     if (const int error = attach(); error != 0) return error;
   }
@@ -392,7 +395,7 @@ int Connection::submit(const CommandWriter& command, uint16_t reply) {
   }
   const Waiting waiting(waits_[kNumReplies]);
   if (!ring_->put(command.opcode(), reply, command.payload()) || is_lost_) {
-    return error_ != 0 ? error_.load() : int{kCudaLaunchFailure};
+    return lossError();
   }
   return 0;
 }
@@ -410,7 +413,7 @@ int Connection::post(const CommandWriter& command,
                      std::initializer_list<Handle*> needs) {
   // Not under the lock: whoever recovers holds it.
   const State state = state_.load();
-  if (state != State::kHealthy && state != State::kOff) return error_;
+  if (state != State::kHealthy && state != State::kOff) return lossError();
   std::lock_guard<std::mutex> lock(mutex_);
   if (const int error = prepare(command.opcode(), needs); error != 0)
     return error;
@@ -451,7 +454,7 @@ int Connection::await(uint16_t slot, Answer* answer) {
     }
     state = reply.state.load();
   }
-  int result = error_;
+  int result = lossError();
   if (state == static_cast<uint32_t>(ReplyState::kDone)) {
     result = reply.result;
     if (answer != nullptr) {
@@ -477,7 +480,7 @@ int Connection::callLocked(const CommandWriter& command, Answer* answer) {
 int Connection::call(const CommandWriter& command, Answer* answer,
                      std::initializer_list<Handle*> needs) {
   const State state = state_.load();
-  if (state != State::kHealthy && state != State::kOff) return error_;
+  if (state != State::kHealthy && state != State::kOff) return lossError();
   uint16_t slot;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -534,6 +537,8 @@ void Connection::forgetServer() {
   pid_ = 0;
   error_ = 0;
   is_lost_ = false;
+  for (auto& wait : waits_) wait = 0;
+  freeAllSlots();
   if (const int fd = lost_fd_.exchange(-1); fd >= 0) close(fd);
   state_ = State::kOff;
 }

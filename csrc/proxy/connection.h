@@ -24,6 +24,7 @@
 #include "common/fd.h"
 #include "proxy/address_space.h"
 #include "proxy/command.h"
+#include "proxy/cuda_abi.h"
 #include "proxy/protocol.h"
 
 namespace mnemosyne::proxy {
@@ -116,8 +117,11 @@ class Connection {
   // it.
   int lostFd();
 
-  State state() const { return state_.load(); }
-  bool isUsable() const { return state_.load() == State::kHealthy; }
+  State state() const {
+    const State state = state_.load();
+    return state == State::kHealthy && is_lost_ ? State::kLost : state;
+  }
+  bool isUsable() const { return state() == State::kHealthy; }
   int error() const { return error_.load(); }  // of the lost device
   pid_t serverPid() const { return pid_.load(); }
   uint64_t generation() const { return generation_.load(); }
@@ -154,6 +158,11 @@ class Connection {
   int restoreMemory();
   void fail(int error, const std::string& message);
   void forgetServer();
+  void freeAllSlots();
+  int lossError() const {  // never 0
+    const int error = error_;
+    return error != 0 ? error : int{kCudaLaunchFailure};
+  }
   std::shared_ptr<Server> currentServer();
   void watch(std::shared_ptr<Server> server);
   int submit(const CommandWriter& command, uint16_t reply);

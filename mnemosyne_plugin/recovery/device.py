@@ -6,6 +6,7 @@ gets the rest as a newcomer does; communicators of NCCL are made anew on all ran
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ class Device:
         self._events = events
         self._latched_at: float | None = None
         self._news: str | None = None
+        self._looking = threading.Lock()
         self.is_empty = False
         """Whether its memory holds nothing of the training state."""
 
@@ -61,14 +63,15 @@ class Device:
 
     def look(self) -> None:
         """Fence the mesh if the device is lost, or a communicator has failed."""
-        if self._mesh.failure() is not None:
-            return
-        error = 0 if self.proxy.is_lost else self.proxy.communicator_error()
-        if self.proxy.is_lost or error > _LAST_NCCL_RESULT:  # then it is CUDA's
-            self._news = self._loss()
-            self._mesh.fence(f"rank {self._rank} lost its device: {self._news}")
-        elif error != 0:
-            self._mesh.fence(f"rank {self._rank}: NCCL error {error}")
+        with self._looking:
+            if self._mesh.failure() is not None:
+                return
+            error = 0 if self.proxy.is_lost else self.proxy.communicator_error()
+            if self.proxy.is_lost or error > _LAST_NCCL_RESULT:  # then it is CUDA's
+                self._news = self._loss()
+                self._mesh.fence(f"rank {self._rank} lost its device: {self._news}")
+            elif error != 0:
+                self._mesh.fence(f"rank {self._rank}: NCCL error {error}")
 
     def wait(self) -> None:
         """Wait for all that it was given, then ``look``."""

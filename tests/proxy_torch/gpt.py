@@ -1,8 +1,9 @@
 """A small GPT, trained by torch's CUDA build under the device proxy.
 
-Prints each loss as hexadecimal digits, and a hash of the parameters: two runs are alike
-when their output is. A server that ends in between is replaced, the state comes back
-from a copy in host memory, and the step is done again.
+Prints each loss as hexadecimal digits, a trace of the commands that its step sent, and
+a hash of the parameters: two runs are alike when their output is. A server that ends in
+between is replaced, the state comes back from a copy in host memory, and the step is
+done again.
 
     python tests/proxy_torch/gpt.py --steps 20 --kill-within 400
 """
@@ -377,7 +378,9 @@ def train(
                 raise
             is_done = False
         if is_done:
-            losses[step] = loss, trace
+            # The first step of a process makes what later ones find, and DDP's first
+            # ones measure; it is made anew behind a loss.
+            losses[step] = loss, trace if step and not options.ddp else 0
             step += 1
         if recovery is not None and (recovery.is_needed() or not is_done):
             step = recovery.run(training, step)

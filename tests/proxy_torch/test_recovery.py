@@ -7,8 +7,8 @@ from under_proxy import needs_torch, run, run_ranks
 
 pytestmark = [needs_torch, pytest.mark.timeout(900)]
 
-# About 330 operations in a step, and 120 to bring the state back.
-KILLS = ["--kill-within=700", "--kills=120"]
+# Fewer operations than a step has: no server but the last sees a whole one.
+KILLS = ["--kill-within=200", "--kills=300"]
 
 
 def num_recoveries(done: CompletedProcess[str]) -> int:
@@ -27,11 +27,11 @@ def num_recoveries(done: CompletedProcess[str]) -> int:
 def test_a_server_that_ends_anywhere_changes_no_bit_of_the_training(
     options: list[str],
 ) -> None:
-    undisturbed = run("gpt.py", "--steps=30", *options)
+    undisturbed = run("gpt.py", "--steps=16", *options)
     # What is not brought back is NaN.
-    disturbed = run("gpt.py", "--steps=30", *options, *KILLS)
+    disturbed = run("gpt.py", "--steps=16", *options, *KILLS)
     assert disturbed.stdout == undisturbed.stdout
-    assert num_recoveries(disturbed) > 30
+    assert num_recoveries(disturbed) > 10
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
