@@ -18,7 +18,9 @@ from mnemosyne_plugin.errors import ConfigError, FatalError
 BACKEND = "mnemosyne"
 
 
-def serve_process_groups(is_alone: Callable[[], bool], may_use_nccl: bool) -> None:
+def serve_process_groups(
+    is_alone: Callable[[], bool], may_use_nccl: bool = False
+) -> None:
     """Give our backend to every group from now on.
 
     is_alone: whether this process runs the set-up by itself, without peers to wait for.
