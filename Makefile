@@ -19,7 +19,7 @@ CUDA_VENV := .venv-cuda
 # Several processes per core already: more threads only make them slower.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo demo-megatron test build lint format types sanitize bench matrix clean
+.PHONY: demo demo-megatron test long build lint format types sanitize bench matrix clean
 
 demo: $(BUILT)
 	$(BIN)/python examples/deepspeed_gpt/demo.py
@@ -28,7 +28,10 @@ demo-megatron: $(BUILT)
 	$(BIN)/python examples/megatron_gpt/demo.py
 
 test: $(BUILT) $(UNPACKED) cpp
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not long'
+
+long: $(BUILT) $(UNPACKED)
+	$(BIN)/pytest -m long
 
 build: $(BUILT)
 

@@ -113,7 +113,7 @@ def test_pretrain_survives_saves_when_told_to_end_and_resumes(
     assert_each_step_was_logged(rest, healthy, Counter(deaths))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_torch_dist_checkpoint_is_given_up_while_another_process_writes_it_too(
     cluster: Job, tmp_path: Path

@@ -24,7 +24,7 @@ def test_a_death_changes_nothing(name: str, tmp_path: Path) -> None:
     check(way, deepspeed_ways.PHASES, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_experts_instances_and_fp16_of_megatron_survive_together(
     tmp_path: Path,
