@@ -381,7 +381,12 @@ def test_standbys_start_with_the_modules_that_the_script_imports(
     """
     job = launch(source, num_standbys=1)
     (job.folder / "private.py").write_text("raise SystemExit('only for workers')")
-    job.wait_for_events("worker_ready", 4)  # the fourth is the warm standby
+    # The cold standby, the third worker, may have been ended before it was ready.
+    job.wait_until(
+        lambda job: any(
+            event.fields["worker_id"] == 4 for event in job.events("worker_ready")
+        )
+    )
     job.wait_for_events("protected", 2)
     job.kill(1)
     assert job.wait() == [0], job.output()
