@@ -76,6 +76,14 @@ class Job(LocalCluster):
     def wait_for_events(self, name: str, count: int) -> None:
         self.wait_until(lambda job: len(job.events(name)) >= count)
 
+    def wait_for_warm_standby(self) -> None:
+        """Wait for the fourth worker; the third, a cold standby, may never be ready."""
+        self.wait_until(
+            lambda job: any(
+                event.fields["worker_id"] == 4 for event in job.events("worker_ready")
+            )
+        )
+
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
@@ -381,12 +389,7 @@ def test_standbys_start_with_the_modules_that_the_script_imports(
     """
     job = launch(source, num_standbys=1)
     (job.folder / "private.py").write_text("raise SystemExit('only for workers')")
-    # The cold standby, the third worker, may have been ended before it was ready.
-    job.wait_until(
-        lambda job: any(
-            event.fields["worker_id"] == 4 for event in job.events("worker_ready")
-        )
-    )
+    job.wait_for_warm_standby()
     job.wait_for_events("protected", 2)
     job.kill(1)
     assert job.wait() == [0], job.output()
@@ -433,7 +436,7 @@ def test_a_nursery_that_dies_is_replaced(launch: Launch) -> None:
 def test_a_warm_nursery_that_dies_is_replaced(launch: Launch) -> None:
     source = TRAIN + "manager.tell_modules(['wave'])\nmanager.wait_for_epoch(3)"
     job = launch(source, num_standbys=1)
-    job.wait_for_events("worker_ready", 4)  # the fourth is the warm standby
+    job.wait_for_warm_standby()
     job.wait_for_events("protected", 2)
     others = {e.fields["pid"] for e in job.events("worker_ready")}
     others.add(job.agents[0].pid)
