@@ -17,6 +17,7 @@ SURVIVORS = (0, 3)
 Job = Callable[..., LocalCluster]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_kills_at_random_moments_lose_nothing(train: Job, undisturbed: Job) -> None:
     config = "ds_config_gpt_zero1"
@@ -34,6 +35,7 @@ def test_kills_at_random_moments_lose_nothing(train: Job, undisturbed: Job) -> N
     assert_survived(job, undisturbed(steps=STEPS, config=config), kills)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_thirty_kills_leave_the_survivors_as_they_were(
     train: Job, undisturbed: Job
