@@ -5,7 +5,6 @@ gets the rest as a newcomer does; communicators of NCCL are made anew on all ran
 """
 
 import json
-import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -19,8 +18,6 @@ from mnemosyne_plugin.errors import FatalError, GroupAborted
 from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.proxy import Communicator, DeviceProxy
 from mnemosyne_plugin.recovery.control import ControlGroup
-
-logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 120.0
 _LAST_NCCL_RESULT = 8
@@ -68,7 +65,7 @@ class Device:
                 return
             error = 0 if self.proxy.is_lost else self.proxy.communicator_error()
             if self.proxy.is_lost or error > _LAST_NCCL_RESULT:  # then it is CUDA's
-                self._news = self._loss()
+                self._news = self.proxy.describe_loss()
                 self._mesh.fence(f"rank {self._rank} lost its device: {self._news}")
             elif error != 0:
                 self._mesh.fence(f"rank {self._rank}: NCCL error {error}")
@@ -87,7 +84,7 @@ class Device:
         """Start it again if it is lost; return whether it was. Raises FatalError."""
         if not self.proxy.is_lost:
             return False
-        begun, loss = time.monotonic(), self._loss()
+        begun, loss = time.monotonic(), self.proxy.describe_loss()
         self.proxy.recover(_START_TIMEOUT_S)
         self.is_empty = True
         self._events.emit(
@@ -134,9 +131,6 @@ class Device:
         what = f"a communicator of NCCL cannot be made anew: error {error}"
         self._mesh.fence(f"rank {self._rank}: {what}")
         raise self._mesh.failure() or GroupAborted(what, self._rank)
-
-    def _loss(self) -> str:
-        return self.proxy.describe_loss()
 
     # --- the reader's thread ------------------------------------------------------
 
