@@ -1,8 +1,9 @@
 """Chaos, for demos and tests: kills workers of `mnemosyne run --chaos SPEC`.
 
-A spec is ``kill rank=2 step=12 phase=backward [nth=2] [delay_ms=5]``. Each fault fires
-once in a job: its mark is a file in the run directory, so a newcomer that redoes the
-step does not die of it again. Production code never imports this module.
+A spec is ``kill rank=2 step=12 phase=backward [nth=2] [delay_ms=5]``, or has several
+ranks (``rank=1,2``): who comes first waits for the others, and all die at once. Each
+fault fires once in a job: its marks are files in the run directory, so a newcomer that
+redoes the step does not die of it again. Production code never imports this module.
 
 Most phases are entered where the runtime says so. ``mid-optimizer`` is found here: the
 worker dies when part of what the step mutates is written, and part of it is not.
@@ -32,9 +33,9 @@ PHASES = (
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Kill the worker of ``rank`` when it enters ``phase`` of ``step``."""
+    """Kill the workers of ``ranks`` when all have entered ``phase`` of ``step``."""
 
-    rank: int
+    ranks: tuple[int, ...]
     step: int
     phase: str
     nth: int = 1
@@ -58,7 +59,7 @@ def parse(spec: str) -> Fault:
         values[key] = value
     try:
         fault = Fault(
-            rank=int(values["rank"]),
+            ranks=tuple(int(rank) for rank in values["rank"].split(",")),
             step=int(values["step"]),
             phase=values["phase"],
             nth=int(values.get("nth", "1")),
@@ -68,7 +69,7 @@ def parse(spec: str) -> Fault:
         raise ConfigError(f"--chaos: {spec!r} lacks {error.args[0]}=") from None
     except ValueError as error:
         raise ConfigError(f"--chaos: {spec!r}: {error}") from None
-    is_in_range = fault.rank >= 0 and fault.step >= 0 and fault.nth >= 1
+    is_in_range = min(fault.ranks) >= 0 and fault.step >= 0 and fault.nth >= 1
     if not is_in_range or not 0 <= fault.delay_ms < 1e6:
         raise ConfigError(f"--chaos: {spec!r} has a number out of range")
     if fault.phase not in PHASES:
@@ -93,38 +94,45 @@ class Injector:
             self._num_entered.clear()
         self._num_entered[phase] += 1
         for number, fault in enumerate(self._faults):
-            if (fault.rank, fault.step) != (rank, step):
+            if rank not in fault.ranks or fault.step != step:
                 continue
             is_midway = (fault.phase, phase) == ("mid-optimizer", "optimizer")
             if fault.phase == phase and self._num_entered[phase] >= fault.nth:
                 self._fire(number, fault)
-            elif is_midway and not self._mark(number).exists():
+            elif is_midway and not self._marks(number, rank):
                 _on_half_a_mutation(partial(self._fire_midway, number, fault))
 
     def _fire_midway(self, number: int, fault: Fault) -> None:
         # The step may have been skipped; a later one is not what was asked for.
-        if self._place == (fault.rank, "optimizer", fault.step):
+        rank, *place = self._place
+        if rank in fault.ranks and place == ["optimizer", fault.step]:
             self._fire(number, fault)
 
     def _fire(self, number: int, fault: Fault) -> None:
-        try:
-            self._mark(number).touch(exist_ok=False)
-        except FileExistsError:
+        rank = self._place[0]
+        if self._marks(number, rank):
             return
+        (self._run_dir / f"fault-{number}-{rank}.{os.getpid()}").touch()
+        args = (number, fault, rank)
         if fault.delay_ms:
-            threading.Thread(target=self._kill, args=(fault,), daemon=True).start()
+            threading.Thread(target=self._kill, args=args, daemon=True).start()
         else:
-            self._kill(fault)
+            self._kill(*args)
 
-    def _mark(self, number: int) -> Path:
-        return self._run_dir / f"fault-{number}"
+    def _marks(self, number: int, rank: int | str) -> list[Path]:
+        """Those whom the fault has found, each with its pid as the suffix."""
+        return list(self._run_dir.glob(f"fault-{number}-{rank}.*"))
 
-    def _kill(self, fault: Fault) -> None:
+    def _kill(self, number: int, fault: Fault, rank: int) -> None:
         # The delay is the fault that was asked for, not a wait for something.
         time.sleep(fault.delay_ms / 1000)
         events = EventLog(str(self._run_dir), f"chaos-{os.getpid()}")
-        events.emit("fault", rank=fault.rank, step=fault.step, phase=fault.phase)
-        os.kill(os.getpid(), signal.SIGKILL)
+        events.emit("fault", rank=rank, step=fault.step, phase=fault.phase)
+        while len(marks := self._marks(number, "*")) < len(fault.ranks):
+            signal.pause()  # the last one kills all
+        pids = [int(mark.suffix[1:]) for mark in marks]
+        for pid in sorted(pids, key=os.getpid().__eq__):  # itself last
+            os.kill(pid, signal.SIGKILL)
 
 
 def _on_half_a_mutation(call: Callable[[], None]) -> None:

@@ -1,5 +1,7 @@
 #include "ccl/peer.h"
 
+#include <sys/epoll.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -276,6 +278,9 @@ void Peer::fence() {
   control_.clear();
   control_sent_ = 0;
   has_spoken_ = false;
+  // Its end may stand unread: it must be seen before anything of the new epoch
+  // goes over it.
+  if (link_) link_->onEvents(EPOLLIN);
   if (state_ == State::kOpen)
     control(FrameType::kMarker, {}, 0, host_.membersDigest());
 }

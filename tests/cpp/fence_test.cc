@@ -124,6 +124,26 @@ TEST(the_link_of_a_replaced_worker_is_replaced_and_no_other) {
   });
 }
 
+// It left without a word, and is back at once: nobody may have looked at the
+// old link's end when the next operation wants to send over it.
+TEST(a_member_that_was_left_out_of_an_epoch_is_dialled_anew) {
+  for (bool use_shm : {true, false}) {
+    World world(2, use_shm);
+    for (int round = 0; round < 300; ++round) {
+      auto before = world.groups();
+      world.checkAllReduce(before, 10);
+      world.meshes[0]->reconfigure(++world.epoch, 0, {world.members[0]});
+      ++world.epoch;
+      auto after = world.groups();
+      world.seat(1);
+      auto sent = world.send(after[1], 0, 0, {1});
+      world.seat(0);
+      world.recv(after[0], 1, 0, 1)->wait();
+      sent->wait();
+    }
+  }
+}
+
 TEST(a_fence_from_outside_cancels_all_until_the_next_epoch) {
   forBothTransports([](bool use_shm) {
     World world(2, use_shm);

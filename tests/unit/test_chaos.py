@@ -39,7 +39,7 @@ def die(
     pid = os.fork()
     if pid == 0:
         try:
-            injector = Injector([Fault(1, 4, "mid-optimizer")], str(folder))
+            injector = Injector([Fault((1,), 4, "mid-optimizer")], str(folder))
             for number in steps:
                 injector(1, "optimizer", number)
             step(written)

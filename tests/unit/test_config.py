@@ -114,8 +114,9 @@ def test_what_snapshots_cost_is_said_in_sizes_one_can_read() -> None:
 
 def test_a_chaos_spec_is_parsed() -> None:
     spec = "kill rank=2 step=12 phase=backward delay_ms=2.5"
-    assert parse(spec) == Fault(2, 12, "backward", delay_ms=2.5)
-    assert parse("kill rank=0 step=1 phase=p2p nth=3") == Fault(0, 1, "p2p", 3)
+    assert parse(spec) == Fault((2,), 12, "backward", delay_ms=2.5)
+    assert parse("kill rank=1,2 step=0 phase=data") == Fault((1, 2), 0, "data")
+    assert parse("kill rank=0 step=1 phase=p2p nth=3") == Fault((0,), 1, "p2p", 3)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,7 @@ def test_a_chaos_spec_is_parsed() -> None:
         "stop rank=1 step=1 phase=vote",
         "kill rank=1 step=1",
         "kill rank=x step=1 phase=vote",
+        "kill rank=1, step=1 phase=vote",
         "kill rank=1 step=1 phase=lunch",
         "kill rank=1 step=1 phase=vote colour=red",
         "kill rank",
