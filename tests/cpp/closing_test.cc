@@ -88,7 +88,7 @@ TEST(aborts_amid_traffic_leave_the_right_results) {
     for (int round = 0; round < 60; ++round) {
       auto doomed = make(world, "doomed");
       std::vector<TestOperation::Ptr> ops;
-      const size_t count = round % 3 == 0 ? 300'000 : 2'000;
+      const size_t count = round % 3 == 0 ? 100'000 : 2'000;
       for (int n = 0; n < 4; ++n) {
         for (auto& group : doomed) ops.push_back(world.allReduce(group, count));
       }

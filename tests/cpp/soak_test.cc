@@ -16,10 +16,10 @@ namespace {
 // Sanitizers keep freed memory for a while, but know what is in use to the
 // byte; malloc counts its caches as in use.
 #if defined(__SANITIZE_THREAD__)
-constexpr int kRounds = 150;
+constexpr int kRounds = 60;
 constexpr bool kMeasuresMemory = false;
 #elif defined(__SANITIZE_ADDRESS__)
-constexpr int kRounds = 500;
+constexpr int kRounds = 200;
 constexpr bool kMeasuresMemory = false;
 #else
 constexpr int kRounds = 1000;
