@@ -311,7 +311,7 @@ c10::intrusive_ptr<c10d::Backend> MnemosyneBackend::split(
                                       parent->globalRank(parent->rank()),
                                       opts->timeout, parent->canAbsorb());
   mesh_->adopt(*part);
-  return c10::make_intrusive<MnemosyneBackend>(mesh_, std::move(part), false);
+  return another(std::move(part), false);
 }
 
 void MnemosyneBackend::setTimeout(std::chrono::milliseconds timeout) {

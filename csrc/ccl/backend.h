@@ -123,7 +123,7 @@ struct Handle;
 
 // One process group. Thread-safe as far as c10d demands: operations of one
 // group are submitted in one order.
-class MnemosyneBackend final : public c10d::Backend {
+class MnemosyneBackend : public c10d::Backend {
  public:
   using Tensors = std::vector<at::Tensor>;
   using TensorLists = std::vector<std::vector<at::Tensor>>;
@@ -213,13 +213,23 @@ class MnemosyneBackend final : public c10d::Backend {
   WorkPtr barrier(const c10d::BarrierOptions&) override;
   void monitoredBarrier(const c10d::BarrierOptions&, bool) override;
 
+ protected:
+  const std::shared_ptr<Mesh>& mesh() const { return mesh_; }
+  // Another one of this kind.
+  virtual c10::intrusive_ptr<MnemosyneBackend> another(
+      std::shared_ptr<Group> group, bool is_world) const {
+    return c10::make_intrusive<MnemosyneBackend>(mesh_, std::move(group),
+                                                 is_world);
+  }
+  // One for several that are in flight already.
+  WorkPtr join(std::vector<WorkPtr> works) const;
+  virtual void takeSeats(std::vector<int> global_ranks, int64_t uuid);
+
  private:
   c10::intrusive_ptr<BackendWork> make(Kind kind, c10d::OpType type,
                                        const char* title, const Tensors& inputs,
                                        std::chrono::milliseconds timeout);
   WorkPtr launch(c10::intrusive_ptr<BackendWork> work);
-  // One for several that are in flight already.
-  WorkPtr join(std::vector<WorkPtr> works) const;
   WorkPtr allreduceSparse(Tensors& tensors, const c10d::AllreduceOptions&);
   WorkPtr allgatherPacked(TensorLists& outputs, Tensors& inputs,
                           const c10d::AllgatherOptions&);
@@ -227,7 +237,6 @@ class MnemosyneBackend final : public c10d::Backend {
   WorkPtr join(Milliseconds timeout, bool follows);
   std::vector<int> moveMesh(const std::vector<Handle>& handles, int place);
   std::vector<int> seatsOf(const std::vector<Handle>& handles) const;
-  void takeSeats(std::vector<int> global_ranks, int64_t uuid);
 
   const bool is_world_;
   const std::shared_ptr<Mesh> mesh_;

@@ -1,5 +1,6 @@
 // The Python module mnemosyne_plugin.ccl._C.
 #include <pybind11/chrono.h>
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -10,6 +11,8 @@
 #include <vector>
 
 #include "ccl/backend.h"
+#include "ccl/device_backend.h"
+#include "ccl/fenced_store.h"
 #include "ccl/mesh.h"
 #include "common/error.h"
 
@@ -140,16 +143,44 @@ py::list finished(Mesh& mesh) {
   return list;
 }
 
-c10::intrusive_ptr<c10d::Backend> createGroup(std::shared_ptr<Mesh> mesh,
-                                              const std::string& name,
-                                              std::vector<int> ranks,
-                                              double timeout_s, bool absorb,
-                                              bool is_world, int64_t uuid) {
-  auto group = std::make_shared<Group>(name, std::move(ranks), mesh->rank(),
+std::shared_ptr<Group> makeGroup(Mesh& mesh, const std::string& name,
+                                 std::vector<int> ranks, double timeout_s,
+                                 bool absorb, int64_t uuid) {
+  auto group = std::make_shared<Group>(name, std::move(ranks), mesh.rank(),
                                        toMilliseconds(timeout_s), absorb, uuid);
-  mesh->adopt(*group);
+  mesh.adopt(*group);
+  return group;
+}
+
+c10::intrusive_ptr<MnemosyneBackend> createGroup(std::shared_ptr<Mesh> mesh,
+                                                 const std::string& name,
+                                                 std::vector<int> ranks,
+                                                 double timeout_s, bool absorb,
+                                                 bool is_world, int64_t uuid) {
+  auto group =
+      makeGroup(*mesh, name, std::move(ranks), timeout_s, absorb, uuid);
   return c10::make_intrusive<MnemosyneBackend>(std::move(mesh),
                                                std::move(group), is_world);
+}
+
+c10::intrusive_ptr<DeviceBackend> createDeviceGroup(
+    std::shared_ptr<Mesh> mesh, const std::string& name, std::vector<int> ranks,
+    double timeout_s, bool is_world, int64_t uuid, const std::string& device,
+    Inner::Make make) {
+  auto group = makeGroup(*mesh, name, std::move(ranks), timeout_s, true, uuid);
+  return c10::make_intrusive<DeviceBackend>(
+      std::move(mesh), std::move(group), is_world, c10::Device(device).type(),
+      std::move(make));
+}
+
+py::tuple standingOf(const DeviceBackend& backend) {
+  Inner::Standing now;
+  {
+    const py::gil_scoped_release release;
+    now = backend.inner().standing();
+  }
+  return py::make_tuple(now.life, now.is_quiet, now.collectives, now.sent,
+                        now.received);
 }
 
 // Before torch 2.14 a ProcessGroup has a rank and a size of its own, beside
@@ -222,7 +253,31 @@ PYBIND11_MODULE(_C, m) {
                              [](const MnemosyneBackend& backend) {
                                return backend.group()->globalRanks();
                              });
+  py::class_<DeviceBackend, MnemosyneBackend,
+             c10::intrusive_ptr<DeviceBackend>>(m, "DeviceBackend")
+      .def_property_readonly(
+          "key",
+          [](const DeviceBackend& backend) { return backend.group()->id(); })
+      .def_property_readonly("inner",
+                             [](const DeviceBackend& backend) {
+                               return backend.inner().current();
+                             })
+      .def("standing", &standingOf)
+      .def("connect", &DeviceBackend::connect, NoGil())
+      .def(
+          "abort_inner",
+          [](const DeviceBackend& backend) { backend.inner().abort(); },
+          NoGil())
+      .def(
+          "drop_inner",
+          [](const DeviceBackend& backend) { backend.inner().drop(); },
+          NoGil());
+  py::class_<FencedStore, c10d::PrefixStore, c10::intrusive_ptr<FencedStore>>(
+      m, "FencedStore")
+      .def(py::init<std::string, const c10::intrusive_ptr<c10d::Store>&,
+                    std::shared_ptr<Mesh>>());
   m.def("create_group", &createGroup, NoGil());
+  m.def("create_device_group", &createDeviceGroup, NoGil());
 #ifdef C10D_BACKEND_HAS_RECONFIGURE
   m.attr("ReconfigureOptions") =
       py::module_::import("torch._C._distributed_c10d")

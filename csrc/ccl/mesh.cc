@@ -150,13 +150,24 @@ void Mesh::absorb(bool on) {
   perform([&] { absorbs_ = on; });
 }
 
+void Mesh::changeSetup(const std::function<void()>& change) {
+  perform([&] {
+    change();
+    if (holds_replay_ || (!recording_ && !replaying_)) {
+      setup_ = Setup::kNone;
+    } else {
+      setup_ = replaying_ ? Setup::kReplayed : Setup::kRecorded;
+    }
+  });
+}
+
 void Mesh::startRecording() {
-  perform([&] { recording_.emplace(); });
+  changeSetup([&] { recording_.emplace(); });
 }
 
 std::string Mesh::stopRecording() {
   std::string text;
-  perform([&] {
+  changeSetup([&] {
     if (!recording_) throw std::runtime_error("nothing is being recorded");
     text = recording_->serialize();
     recording_.reset();
@@ -166,15 +177,15 @@ std::string Mesh::stopRecording() {
 
 void Mesh::startReplay(const std::string& log) {
   SetupLog parsed = SetupLog::parse(log);
-  perform([&] { replaying_ = std::move(parsed); });
+  changeSetup([&] { replaying_ = std::move(parsed); });
 }
 
 void Mesh::holdReplay(bool on) {
-  perform([&] { holds_replay_ = on; });
+  changeSetup([&] { holds_replay_ = on; });
 }
 
 void Mesh::stopReplay() {
-  perform([&] { replaying_.reset(); });
+  changeSetup([&] { replaying_.reset(); });
 }
 
 std::map<std::string, int64_t> Mesh::counters() const {

@@ -107,6 +107,10 @@ class Mesh final : private Peer::Host, private Connector::Host {
   // membership is locked.
   bool advance();
 
+  bool hasFailed() const override { return has_failed_; }
+  // Whether operations that fail now are made to look as if they had not.
+  bool absorbsFailure() const { return has_failed_ && absorbs_; }
+
   void startRecording();
   std::string stopRecording();
   void startReplay(const std::string& log);
@@ -114,6 +118,9 @@ class Mesh final : private Peer::Host, private Connector::Host {
   // are not recorded.
   void holdReplay(bool on);
   void stopReplay();
+  // What becomes of operations now: in a set-up, they are recorded or answered.
+  enum class Setup { kNone, kRecorded, kReplayed };
+  Setup setup() const { return setup_; }
 
   int64_t currentEpoch() const { return public_epoch_.load(); }
   int rank() const { return public_rank_.load(); }
@@ -210,6 +217,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   void setFailure(std::exception_ptr error);
   void timeOut(Operation* op);
 
+  void changeSetup(const std::function<void()>& change);
   int moveTo(int64_t epoch, int rank, std::vector<Member> members,
              bool dials_lost = true);
   void stampSeats(const std::vector<Member>& members, int64_t epoch);
@@ -252,7 +260,6 @@ class Mesh final : private Peer::Host, private Connector::Host {
   int64_t epoch() const override { return epoch_; }
   uint64_t membersDigest() const override { return members_digest_; }
   Standing standing() const override { return {epoch_, members_digest_}; }
-  bool hasFailed() const override { return has_failed_; }
   void onTransferDone(Operation* op, Transfer* transfer) override;
   bool contradicts(const MessageKey& key, uint16_t signature) override;
   void onArrival(Peer& peer, const MessageKey& key) override;
@@ -333,9 +340,9 @@ class Mesh final : private Peer::Host, private Connector::Host {
   std::set<std::pair<uint64_t, uint64_t>> gave_up_;
   std::vector<uint64_t> closing_;  // groups with operations still to end
   std::vector<uint64_t> missing_;  // workers that left a group just now
-  bool has_failed_ = false;
+  std::atomic<bool> has_failed_{false};
   bool must_abort_ = false;  // has_failed_, and operations are still in flight
-  bool absorbs_ = false;
+  std::atomic<bool> absorbs_{false};
   Deadline close_by_ = Deadline::never();
   Operation* flight_ = nullptr;
   History history_;
@@ -348,6 +355,7 @@ class Mesh final : private Peer::Host, private Connector::Host {
   std::optional<SetupLog> recording_;
   std::optional<SetupLog> replaying_;
   bool holds_replay_ = false;
+  std::atomic<Setup> setup_{Setup::kNone};
 
   std::unique_ptr<CallbackThreads> callbacks_;
   std::thread thread_;  // last: everything else is there when it starts

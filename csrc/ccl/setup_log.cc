@@ -9,8 +9,6 @@
 namespace mnemosyne::ccl {
 namespace {
 
-// Larger results are parameters, which the newcomer gets from its replicas.
-constexpr size_t kMaxResultBytes = 64 * 1024;
 constexpr char kMagic[] = "mnemosyne set-up log 1\n";
 constexpr size_t kMagicBytes = sizeof(kMagic) - 1;
 

@@ -15,6 +15,9 @@
 
 namespace mnemosyne::ccl {
 
+// Larger results are parameters, which a newcomer gets from its replicas.
+constexpr size_t kMaxResultBytes = 64 * 1024;
+
 class SetupLog {
  public:
   struct Entry {

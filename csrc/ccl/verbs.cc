@@ -132,8 +132,7 @@ c10::intrusive_ptr<c10d::Backend> MnemosyneBackend::shrink(
       parent->name() + ":shrunk", std::move(ranks), now.rank, timeout,
       parent->canAbsorb(), nthOf(parent->uuid(), num_shrinks_++));
   mesh_->adopt(*small);
-  auto backend =
-      c10::make_intrusive<MnemosyneBackend>(mesh_, std::move(small), is_world_);
+  auto backend = another(std::move(small), is_world_);
   backend->join(timeout, true);
   return backend;
 }

@@ -1,9 +1,9 @@
 """The native module, built from csrc/ccl; bindings.cc has its definitions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
-from torch._C._distributed_c10d import Backend, ProcessGroup, Work
+from torch._C._distributed_c10d import Backend, PrefixStore, ProcessGroup, Store, Work
 
 from mnemosyne_plugin.errors import (
     CollectiveMismatch,
@@ -66,6 +66,29 @@ class MnemosyneBackend(Backend):
     def reconfigure(self, opts: ReconfigureOptions) -> Work: ...
     def reseat(self, global_ranks: list[int]) -> None: ...
 
+class DeviceBackend(MnemosyneBackend):
+    @property
+    def key(self) -> int: ...
+    @property
+    def inner(self) -> Backend | None: ...
+    def standing(self) -> tuple[int, bool, int, list[int], list[int]]: ...
+    def connect(self) -> None: ...
+    def abort_inner(self) -> None: ...
+    def drop_inner(self) -> None: ...
+
+class FencedStore(PrefixStore):
+    def __init__(self, prefix: str, store: Store, mesh: Mesh) -> None: ...
+
+def create_device_group(
+    mesh: Mesh,
+    name: str,
+    global_ranks: list[int],
+    timeout_s: float,
+    is_world: bool,
+    uuid: int,
+    device: str,
+    make: Callable[[int, int, int, int], Backend],
+) -> DeviceBackend: ...
 def create_group(
     mesh: Mesh,
     name: str,

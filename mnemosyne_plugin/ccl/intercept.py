@@ -19,16 +19,17 @@ BACKEND = "mnemosyne"
 
 
 def serve_process_groups(
-    is_alone: Callable[[], bool], may_use_nccl: bool = False
+    is_alone: Callable[[], bool], may_use_nccl: bool = False, has_devices: bool = False
 ) -> None:
     """Give our backend to every group from now on.
 
     is_alone: whether this process runs the set-up by itself, without peers to wait for.
     may_use_nccl: its communicators can be made anew behind their handles.
+    has_devices: our backend moves what lies on them, too.
     """
 
     def choose(requested: str | None) -> str | None:
-        backend = our_backend(requested, may_use_nccl)
+        backend = our_backend(requested, may_use_nccl, has_devices)
         if backend is not None and "nccl" in backend and is_alone():
             raise FatalError(
                 "this version cannot replace a worker whose groups are NCCL's; the "
@@ -75,13 +76,19 @@ def num_collectives() -> int:
     return sum(backend._get_sequence_number_for_group() for backend in backends)
 
 
-def our_backend(requested: str | None, may_use_nccl: bool = False) -> str | None:
+def our_backend(
+    requested: str | None, may_use_nccl: bool = False, has_devices: bool = False
+) -> str | None:
     """Return the backend to use where a script asks for ``requested``."""
     if requested is None:
         return None
     if requested.lower() == "nccl" and may_use_nccl:
         return f"cpu:{BACKEND},cuda:nccl"
     served = {"gloo", BACKEND}
+    if has_devices:
+        served.add("nccl")
+        if {name.rpartition(":")[2] for name in requested.lower().split(",")} <= served:
+            return BACKEND
     names = [part.rpartition(":") for part in requested.lower().split(",")]
     cpu_names = {name for device, _, name in names if device in ("", "cpu")}
     if any(name == "nccl" and device == "" for device, _, name in names):

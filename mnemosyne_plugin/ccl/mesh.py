@@ -3,10 +3,10 @@
 import atexit
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch._C._distributed_c10d import Backend
+from torch._C._distributed_c10d import Backend, Store
 
 from mnemosyne_plugin.ccl import _C
 from mnemosyne_plugin.errors import (
@@ -239,3 +239,45 @@ def create_group(
     """
     ranks = list(global_ranks)
     return _C.create_group(mesh._native, name, ranks, timeout_s, absorb, is_world, uuid)
+
+
+def create_device_group(
+    mesh: Mesh,
+    name: str,
+    global_ranks: Sequence[int],
+    timeout_s: float,
+    *,
+    is_world: bool = False,
+    uuid: int = -1,
+    device_type: str,
+    store: Store,
+    make: Callable[[Store, int, int], Backend],
+) -> _C.DeviceBackend:
+    """As ``create_group``, for tensors on devices as well as in host memory.
+
+    What a newcomer needs of a set-up goes over the mesh; all else on devices is moved
+    by a backend that the group has made at its first use.
+
+    Args:
+        mesh: as for ``create_group``, and so are name, global_ranks, timeout_s,
+            is_world and uuid.
+        device_type: as ``torch.device(...).type``.
+        store: by which the ranks of one such backend find each other.
+        make: makes one, with a store of its own, for a rank of so many. All members
+            call it; nobody waits in that store for a rank that is lost.
+    """
+
+    def make_one(key: int, life: int, rank: int, size: int) -> Backend:
+        own = _C.FencedStore(f"mnemosyne/{key}/{life}", store, mesh._native)
+        return make(own, rank, size)
+
+    return _C.create_device_group(
+        mesh._native,
+        name,
+        list(global_ranks),
+        timeout_s,
+        is_world,
+        uuid,
+        device_type,
+        make_one,
+    )

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import Backend, PrefixStore, Store
 
+from mnemosyne_plugin.ccl.devices import Devices
 from mnemosyne_plugin.ccl.intercept import serve_by_name
-from mnemosyne_plugin.ccl.mesh import Mesh, create_group
+from mnemosyne_plugin.ccl.mesh import Mesh, create_device_group, create_group
 from mnemosyne_plugin.ccl.verbs import mesh_ranks_of_default_group
 from mnemosyne_plugin.errors import ConfigError
 
@@ -17,18 +18,20 @@ BACKEND = "mnemosyne"
 
 
 def register(
-    mesh_provider: Callable[[], Mesh], is_alone: Callable[[], bool] = lambda: False
+    mesh_provider: Callable[[], Mesh],
+    is_alone: Callable[[], bool] = lambda: False,
+    devices: Devices | None = None,
 ) -> None:
-    """Register the c10d backend "mnemosyne" for CPU tensors. Idempotent.
+    """Register the c10d backend "mnemosyne" for tensors in host memory. Idempotent.
 
     ``mesh_provider`` is called for each new group and returns the seated mesh. The
     first one stays. ``is_alone``: whether this process runs a set-up by itself that
-    others have behind them.
+    others have behind them. ``devices``: whose tensors it moves, too.
     """
     if BACKEND.upper() in dist.Backend._plugins:
         return
 
-    def create(options: Any, _backend_options: Any) -> Any:
+    def create(options: Any, backend_options: Any) -> Any:
         mesh = mesh_provider()
         ranks = list(options.global_ranks_in_group)
         timeout_s = options.timeout.total_seconds()
@@ -44,10 +47,29 @@ def register(
             ranks = [world[rank] for rank in ranks]
         uuid = _agree_on_uuid(options, ranks, is_alone())
         name = options.group_id
-        return create_group(mesh, name, ranks, timeout_s, is_world=is_world, uuid=uuid)
+        if devices is None:
+            return create_group(
+                mesh, name, ranks, timeout_s, is_world=is_world, uuid=uuid
+            )
+
+        def make(store: Store, rank: int, size: int) -> Backend:
+            return devices.make(store, rank, size, options.timeout, backend_options)
+
+        return create_device_group(
+            mesh,
+            name,
+            ranks,
+            timeout_s,
+            is_world=is_world,
+            uuid=uuid,
+            device_type=devices.type,
+            store=options.store,
+            make=make,
+        )
 
     serve_by_name()
-    dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu"])
+    types = ["cpu"] if devices is None else list({"cpu", devices.type})
+    dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=types)
 
 
 def _agree_on_uuid(options: Any, ranks: list[int], is_alone: bool) -> int:

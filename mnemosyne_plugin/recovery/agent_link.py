@@ -11,6 +11,7 @@ from mnemosyne_plugin.errors import MnemosyneError
 from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.recovery.channel import Channel
 from mnemosyne_plugin.recovery.device import Device
+from mnemosyne_plugin.recovery.device_groups import DeviceGroups
 from mnemosyne_plugin.recovery.membership import Membership
 
 
@@ -29,9 +30,11 @@ class AgentLink:
         membership: Membership,
         events: EventLog,
         device: Device | None = None,
+        groups: DeviceGroups | None = None,
     ) -> None:
         self._mesh = mesh
         self._device = device
+        self._groups = groups
         self._channel = channel
         self._rank = rank
         self._events = events
@@ -125,10 +128,7 @@ class AgentLink:
                 lost_fd = self._device.proxy.lost_fd
                 selector.register(lost_fd, selectors.EVENT_READ)
             while True:
-                timeout_s = None
-                if self._device is not None:
-                    timeout_s = self._device.watch(self._mesh.failure() is not None)
-                ready = [key.fileobj for key, _ in selector.select(timeout_s)]
+                ready = [key.fileobj for key, _ in selector.select(self._watch())]
                 if lost_fd in ready:
                     assert self._device is not None
                     self._device.proxy.acknowledge()
@@ -146,6 +146,15 @@ class AgentLink:
                 if self._channel in ready and not self._take_message():
                     return
 
+    def _watch(self) -> float | None:
+        """Look after what may never end; return when to look again, in seconds."""
+        limits: list[float | None] = []
+        if self._device is not None:
+            limits.append(self._device.watch(self._mesh.failure() is not None))
+        if self._groups is not None:
+            limits.append(self._groups.watch())
+        return min((limit for limit in limits if limit is not None), default=None)
+
     def _report_failure(self) -> None:
         with self._epoch_lock:
             failure, epoch = self._mesh.failure(), self._mesh.epoch
@@ -153,6 +162,8 @@ class AgentLink:
                 return
             if self._device is not None:
                 self._device.release()
+            if self._groups is not None:
+                self._groups.release()
         self._events.emit("fenced", epoch=epoch, rank=self._rank, reason=str(failure))
         news = self._device.take_news() if self._device is not None else None
         if news is not None:

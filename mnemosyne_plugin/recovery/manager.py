@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any
 
 from mnemosyne_plugin import ccl
+from mnemosyne_plugin.ccl.devices import find_devices
 from mnemosyne_plugin.ccl.intercept import group_ids, serve_process_groups
 from mnemosyne_plugin.errors import (
     ConfigError,
@@ -31,6 +32,7 @@ from mnemosyne_plugin.recovery.channel import Channel
 from mnemosyne_plugin.recovery.commit import Decision, Outcome, Report, decide
 from mnemosyne_plugin.recovery.control import ControlGroup
 from mnemosyne_plugin.recovery.device import Device
+from mnemosyne_plugin.recovery.device_groups import DeviceGroups
 from mnemosyne_plugin.recovery.membership import Membership
 from mnemosyne_plugin.recovery.protection import Position, Protection
 from mnemosyne_plugin.state.manifest import TrainingState
@@ -88,8 +90,21 @@ class Manager:
         self.version = 0
         self._events = events
         self._device = Device(proxy, mesh, seat.rank, events) if proxy else None
+        # Behind the proxy torch's own groups stay, and their communicators are renewed.
+        self._devices = find_devices() if proxy is None else None
+        self._groups = (
+            DeviceGroups(self._devices, mesh, seat.rank, events)
+            if self._devices
+            else None
+        )
         self._agent = AgentLink(
-            mesh, channel, seat.rank, seat.membership, events, self._device
+            mesh,
+            channel,
+            seat.rank,
+            seat.membership,
+            events,
+            self._device,
+            self._groups,
         )
         self._on_phase = on_phase
         self._setup_log = seat.setup_log
@@ -151,8 +166,12 @@ class Manager:
             self.mesh.start_recording()
         else:
             self.mesh.start_replay(self._setup_log)
-        ccl.register(lambda: self.mesh, lambda: self.is_setting_up_alone)
-        serve_process_groups(lambda: self.is_setting_up_alone, self._device is not None)
+        ccl.register(lambda: self.mesh, lambda: self.is_setting_up_alone, self._devices)
+        serve_process_groups(
+            lambda: self.is_setting_up_alone,
+            self._device is not None,
+            self._devices is not None,
+        )
         self._agent.start()
 
     def attach(
@@ -398,6 +417,8 @@ class Manager:
             if self._device is not None:
                 # All that the vote is about has happened.
                 self._device.wait()
+            if self._groups is not None:
+                self._groups.wait()
             failure = self.mesh.failure()
             if failure is not None:
                 raise failure
@@ -631,6 +652,8 @@ class Manager:
             self._device.renew_communicators(self._control)
             if self._device.is_empty:
                 self._protected().lose_device()
+        if self._groups is not None:
+            self._groups.settle(self._control)
         reports = self._exchange_reports()
         decision = self._decide(reports)
         self._enter(State.RESTORING)

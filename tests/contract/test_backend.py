@@ -29,6 +29,20 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
         yield world
 
 
+@pytest.fixture(scope="module", params=["at work", "in the set-up"])
+def devices(request: pytest.FixtureRequest) -> Iterator[World]:
+    """Groups of tensors on devices; small ones go over the mesh in the set-up."""
+    with World(SIZE, "device") as world, tempfile.TemporaryDirectory() as folder:
+        world.run(make_groups, str(Path(folder) / "store"))
+        if request.param == "in the set-up":
+            world.run(start_recording)
+        yield world
+
+
+def start_recording(worker: Worker) -> None:
+    worker.mesh.start_recording()
+
+
 def make_groups(worker: Worker, store: str) -> None:
     dist.init_process_group(
         "gloo",
@@ -56,6 +70,13 @@ def compare(worker: Worker, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_collective_gives_what_gloo_gives(world: World, name: str) -> None:
     world.run(compare, name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_collective_on_devices_gives_what_gloo_gives(
+    devices: World, name: str
+) -> None:
+    devices.run(compare, name)
 
 
 def counters(worker: Worker) -> dict[str, int]:
@@ -158,6 +179,10 @@ def coalesce(worker: Worker) -> None:
 
 def test_collectives_can_be_coalesced(world: World) -> None:
     world.run(coalesce)
+
+
+def test_collectives_on_devices_can_be_coalesced(devices: World) -> None:
+    devices.run(coalesce)
 
 
 def numbers(worker: Worker) -> list[int]:

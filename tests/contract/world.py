@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import stand_in
 from mnemosyne_plugin.ccl import Mesh, create_group, register
 
 SECRET = b"a secret of the tests"
@@ -49,8 +50,14 @@ class Worker:
 
 def _serve(pipe: Connection, worker_id: int, transport: str) -> None:
     torch.set_num_threads(1)
-    mesh = Mesh(worker_id=worker_id, secret=SECRET, transport=transport)
-    register(lambda: mesh)
+    if transport == "device":
+        # Its groups have gloo, in host memory, in the place of NCCL.
+        mesh = Mesh(worker_id=worker_id, secret=SECRET)
+        devices = stand_in.gloo()
+    else:
+        mesh = Mesh(worker_id=worker_id, secret=SECRET, transport=transport)
+        devices = None
+    register(lambda: mesh, devices=devices)
     worker = Worker(mesh)
     pipe.send(("ok", mesh.address))
     while True:
@@ -75,7 +82,7 @@ def _seat(worker: Worker, epoch: int, rank: int, members: list[Any]) -> int:
 
 
 class World:
-    """``size`` workers over one transport. ``workers[r]`` holds rank r."""
+    """``size`` workers over one transport: one of the mesh's, or "device"."""
 
     def __init__(self, size: int, transport: str) -> None:
         self.transport = transport

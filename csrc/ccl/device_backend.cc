@@ -1,0 +1,618 @@
+#include "ccl/device_backend.h"
+
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+
+#include "ccl/backend_tensors.h"
+#include "ccl/setup_log.h"
+
+namespace mnemosyne::ccl {
+namespace {
+
+using c10d::OpType;
+using Future = c10::ivalue::Future;
+using FuturePtr = c10::intrusive_ptr<Future>;
+using WorkPtr = c10::intrusive_ptr<c10d::Work>;
+
+enum class Role { kInput, kOutput, kBoth };
+
+template <typename T>
+struct Argument {
+  T* value;
+  Role role;
+};
+template <typename T>
+Argument<T> in(T& value) {
+  return {&value, Role::kInput};
+}
+template <typename T>
+Argument<T> out(T& value) {
+  return {&value, Role::kOutput};
+}
+template <typename T>
+Argument<T> both(T& value) {
+  return {&value, Role::kBoth};
+}
+
+template <typename Call>
+void forEach(at::Tensor& tensor, const Call& call) {
+  if (tensor.defined()) call(tensor);
+}
+template <typename T, typename Call>
+void forEach(std::vector<T>& list, const Call& call) {
+  for (T& each : list) forEach(each, call);
+}
+
+// Sparse ones differ in size between ranks, and are small.
+template <typename T>
+size_t sizeOf(T& value) {
+  size_t size = 0;
+  forEach(value, [&](at::Tensor& tensor) {
+    if (!tensor.is_sparse()) size += tensor.nbytes();
+  });
+  return size;
+}
+
+template <typename... Args>
+Tensors outputsOf(const Args&... args) {
+  Tensors all;
+  const auto add = [&](const auto& arg) {
+    if (arg.role != Role::kInput)
+      forEach(*arg.value, [&](at::Tensor& tensor) { all.push_back(tensor); });
+  };
+  (add(args), ...);
+  return all;
+}
+
+// Set while this thread's operations run over the mesh, though what they move
+// may lie on what counts as a device in a test.
+thread_local bool is_staging = false;
+
+class Staging {
+ public:
+  Staging() { is_staging = true; }
+  ~Staging() { is_staging = false; }
+};
+
+FuturePtr futureOf(const Tensors& tensors) {
+  std::vector<c10::Device> devices;
+  for (const at::Tensor& tensor : tensors)
+    if (!tensor.is_cpu()) devices.push_back(tensor.device());
+  std::sort(devices.begin(), devices.end(),
+            [](auto a, auto b) { return a.index() < b.index(); });
+  devices.erase(std::unique(devices.begin(), devices.end()), devices.end());
+  auto future = c10::make_intrusive<Future>(
+      c10::ListType::create(c10::TensorType::get()), std::move(devices));
+  future->markCompleted(c10::IValue(tensors));
+  return future;
+}
+
+// An operation that has nothing to do: its outputs are as good as they get.
+class DoneWork final : public c10d::Work {
+ public:
+  DoneWork(int rank, Tensors outputs)
+      : c10d::Work(rank, OpType::UNKNOWN), outputs_(std::move(outputs)) {
+    finish();
+  }
+  bool wait(std::chrono::milliseconds) override { return true; }
+  void synchronize() override {}
+  Tensors result() override { return outputs_; }
+  FuturePtr getFuture() override { return futureOf(outputs_); }
+
+ private:
+  const Tensors outputs_;
+};
+
+// An operation with copies in host memory: outputs are filled when it is waited
+// for, as the stream's order has it with a device's own.
+class StagedWork final : public c10d::Work {
+ public:
+  using Copies = std::vector<std::pair<at::Tensor, at::Tensor>>;  // to, from
+
+  StagedWork(int rank, WorkPtr work, Copies copies, Tensors outputs)
+      : c10d::Work(rank, work->retrieveOpType()),
+        work_(std::move(work)),
+        copies_(std::move(copies)),
+        outputs_(std::move(outputs)) {}
+
+  bool isCompleted() override { return work_->isCompleted(); }
+  bool isSuccess() const override { return work_->isSuccess(); }
+  std::exception_ptr exception() const override { return work_->exception(); }
+  int sourceRank() const override { return work_->sourceRank(); }
+  bool wait(std::chrono::milliseconds timeout) override {
+    work_->wait(timeout);
+    std::lock_guard<std::mutex> lock(mutex_);
+    const at::NoGradGuard no_grad;
+    for (const auto& [to, from] : std::exchange(copies_, {})) to.copy_(from);
+    return true;
+  }
+  void synchronize() override { wait(kNoTimeout); }
+  Tensors result() override {
+    wait(kNoTimeout);
+    return outputs_;
+  }
+  FuturePtr getFuture() override {
+    wait(kNoTimeout);
+    return futureOf(outputs_);
+  }
+
+ private:
+  const WorkPtr work_;
+  Copies copies_;  // guarded by mutex_
+  const Tensors outputs_;
+};
+
+// Fences the mesh if it is not yet: what one rank cannot do is everybody's
+// failure. Returns if the failure is to be absorbed, else throws it.
+void absorb(Mesh& mesh, const Group& group, const std::string& why) {
+  if (!mesh.hasFailed())
+    mesh.fence("group " + group.name() + " failed on its device: " + why, -1);
+  if (mesh.absorbsFailure() && group.canAbsorb()) return;
+  if (const std::exception_ptr failure = mesh.failure())
+    std::rethrow_exception(failure);
+}
+
+std::string describe(const std::exception_ptr& error) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const c10::Error& known) {
+    return known.what_without_backtrace();
+  } catch (const std::exception& known) {
+    return known.what();
+  }
+}
+
+// An operation of the inner backend; its failure is that of the mesh.
+class InnerWork final : public c10d::Work {
+ public:
+  InnerWork(int rank, WorkPtr work, std::shared_ptr<Mesh> mesh,
+            std::shared_ptr<Group> group, Tensors outputs)
+      : c10d::Work(rank, work->retrieveOpType()),
+        work_(std::move(work)),
+        mesh_(std::move(mesh)),
+        group_(std::move(group)),
+        outputs_(std::move(outputs)) {}
+
+  bool isCompleted() override { return work_->isCompleted(); }
+  bool isSuccess() const override { return exception() == nullptr; }
+  std::exception_ptr exception() const override { return work_->exception(); }
+  int sourceRank() const override { return work_->sourceRank(); }
+  Tensors result() override { return work_->result(); }
+  float getDuration() const override { return work_->getDuration(); }
+  uint64_t getSequencenumber() const override {
+    return work_->getSequencenumber();
+  }
+  void abort() override { work_->abort(); }
+  bool wait(std::chrono::milliseconds timeout) override {
+    return guard([&] { return work_->wait(timeout); });
+  }
+  void synchronize() override {
+    guard([&] {
+      work_->synchronize();
+      return true;
+    });
+  }
+  void blockCurrentStream() override {
+    guard([&] {
+      work_->blockCurrentStream();
+      return true;
+    });
+  }
+  FuturePtr getFuture() override {
+    const FuturePtr future = work_->getFuture();
+    return future->then(
+        [mesh = mesh_, group = group_, outputs = outputs_](Future& done) {
+          if (!done.hasError()) return done.value();
+          absorb(*mesh, *group, describe(done.exception_ptr()));
+          return c10::IValue(outputs);
+        },
+        future->elementType());
+  }
+
+ private:
+  template <typename Call>
+  bool guard(const Call& call) {
+    try {
+      return call();
+    } catch (...) {
+      absorb(*mesh_, *group_, describe(std::current_exception()));
+      return true;
+    }
+  }
+
+  const WorkPtr work_;
+  const std::shared_ptr<Mesh> mesh_;
+  const std::shared_ptr<Group> group_;
+  const Tensors outputs_;
+};
+
+}  // namespace
+
+// ---------------------------------------------------------------- where it
+// runs
+
+template <typename... Values>
+bool DeviceBackend::isHere(Values&... values) const {
+  bool is_here = false;
+  const auto look = [&](at::Tensor& tensor) {
+    is_here |= tensor.device().type() == device_;
+  };
+  if (!is_staging) (forEach(values, look), ...);
+  return is_here;
+}
+
+template <typename Call, typename... Args>
+WorkPtr DeviceBackend::run(const Route& route, const Call& call, Args... args) {
+  // A newcomer makes its set-up alone: what it needs of it is in the log, and
+  // so it must have gone over the mesh.
+  const Mesh::Setup setup = mesh()->setup();
+  if (setup != Mesh::Setup::kNone && route.size <= kMaxResultBytes)
+    return keep(runStaged(call, args...));
+  if (setup == Mesh::Setup::kReplayed)
+    return c10::make_intrusive<DoneWork>(getRank(), outputsOf(args...));
+  return runInner(route, call, args...);
+}
+
+template <typename Call, typename... Args>
+WorkPtr DeviceBackend::runStaged(const Call& call, Args... args) {
+  StagedWork::Copies copies;
+  const auto stage = [&](const auto& arg) {
+    auto value = *arg.value;
+    forEach(value, [&](at::Tensor& tensor) {
+      const at::Tensor there = tensor;
+      tensor = there.to(at::kCPU);
+      if (arg.role != Role::kInput && !tensor.is_same(there))
+        copies.emplace_back(there, tensor);
+    });
+    return value;
+  };
+  std::tuple values{stage(args)...};
+  WorkPtr work;
+  {
+    const Staging staging;
+    work =
+        std::apply([&](auto&... each) { return call(*this, each...); }, values);
+  }
+  return c10::make_intrusive<StagedWork>(getRank(), std::move(work),
+                                         std::move(copies), outputsOf(args...));
+}
+
+template <typename Call, typename... Args>
+WorkPtr DeviceBackend::runInner(const Route& route, const Call& call,
+                                Args... args) {
+  const std::shared_ptr<Group> group = this->group();
+  try {
+    if (!mesh()->hasFailed()) {
+      const Inner::BackendPtr inner =
+          inner_->get(*group, mesh()->currentEpoch());
+      joinBundle(inner);
+      WorkPtr work = call(*inner, *args.value...);
+      inner_->note(work, route.to, route.from);
+      ++num_inner_;
+      if (!work) return nullptr;
+      return keep(c10::make_intrusive<InnerWork>(
+          getRank(), std::move(work), mesh(), group, outputsOf(args...)));
+    }
+    absorb(*mesh(), *group, "");
+  } catch (const c10::DistBackendError& error) {
+    absorb(*mesh(), *group, error.what_without_backtrace());
+  } catch (...) {
+    // With no failure it is the caller's mistake.
+    if (!mesh()->hasFailed()) throw;
+    absorb(*mesh(), *group, "");
+  }
+  // What an absorbed operation leaves behind must be finite.
+  const at::NoGradGuard no_grad;
+  const auto clear = [](const auto& arg) {
+    if (arg.role == Role::kOutput)
+      forEach(*arg.value, [](at::Tensor& tensor) { tensor.zero_(); });
+  };
+  (clear(args), ...);
+  return c10::make_intrusive<DoneWork>(getRank(), outputsOf(args...));
+}
+
+// ---------------------------------------------------------------- bundles
+
+void DeviceBackend::startCoalescing() {
+  MnemosyneBackend::startCoalescing();
+  std::lock_guard<std::mutex> lock(bundle_mu_);
+  is_bundling_ = true;
+}
+
+// The inner one joins a bundle with its first operation: it is not asked for
+// one that is the mesh's.
+void DeviceBackend::joinBundle(const Inner::BackendPtr& inner) {
+  std::lock_guard<std::mutex> lock(bundle_mu_);
+  if (!is_bundling_ || bundling_ || !inner->supportsCoalescing()) return;
+  inner->startCoalescing();
+  bundling_ = inner;
+}
+
+WorkPtr DeviceBackend::keep(WorkPtr work) {
+  std::lock_guard<std::mutex> lock(bundle_mu_);
+  if (is_bundling_) bundle_.push_back(work);
+  return work;
+}
+
+WorkPtr DeviceBackend::endCoalescing() {
+  std::vector<WorkPtr> works = {MnemosyneBackend::endCoalescing()};
+  std::lock_guard<std::mutex> lock(bundle_mu_);
+  is_bundling_ = false;
+  for (WorkPtr& work : std::exchange(bundle_, {}))
+    works.push_back(std::move(work));
+  if (const auto inner = std::exchange(bundling_, nullptr)) {
+    const std::shared_ptr<Group> group = this->group();
+    try {
+      if (WorkPtr work = inner->endCoalescing()) {
+        inner_->watch(work);
+        works.push_back(c10::make_intrusive<InnerWork>(
+            getRank(), std::move(work), mesh(), group, Tensors()));
+      }
+    } catch (...) {
+      absorb(*mesh(), *group, describe(std::current_exception()));
+    }
+  }
+  return MnemosyneBackend::join(std::move(works));
+}
+
+// ---------------------------------------------------------------- verbs
+
+void DeviceBackend::setTimeout(std::chrono::milliseconds timeout) {
+  MnemosyneBackend::setTimeout(timeout);
+  if (const auto inner = inner_->current()) inner->setTimeout(timeout);
+}
+
+void DeviceBackend::abort() {
+  inner_->abort();
+  MnemosyneBackend::abort();
+}
+
+void DeviceBackend::shutdown() {
+  if (const auto inner = inner_->current()) inner->shutdown();
+  inner_->drop();
+  MnemosyneBackend::shutdown();
+}
+
+void DeviceBackend::takeSeats(std::vector<int> global_ranks, int64_t uuid) {
+  inner_->abort();
+  inner_->drop();
+  MnemosyneBackend::takeSeats(std::move(global_ranks), uuid);
+}
+
+// ---------------------------------------------------------------- operations
+
+WorkPtr DeviceBackend::broadcast(Tensors& tensors,
+                                 const c10d::BroadcastOptions& opts) {
+  if (!isHere(tensors)) return MnemosyneBackend::broadcast(tensors, opts);
+  return run(
+      {sizeOf(tensors)},
+      [&](Backend& to, Tensors& a) { return to.broadcast(a, opts); },
+      both(tensors));
+}
+
+WorkPtr DeviceBackend::allreduce(Tensors& tensors,
+                                 const c10d::AllreduceOptions& opts) {
+  if (!isHere(tensors)) return MnemosyneBackend::allreduce(tensors, opts);
+  return run(
+      {sizeOf(tensors)},
+      [&](Backend& to, Tensors& a) { return to.allreduce(a, opts); },
+      both(tensors));
+}
+
+WorkPtr DeviceBackend::allreduce_sparse(Tensors& tensors,
+                                        const c10d::AllreduceOptions& opts) {
+  if (!isHere(tensors))
+    return MnemosyneBackend::allreduce_sparse(tensors, opts);
+  return run(
+      {sizeOf(tensors)},
+      [&](Backend& to, Tensors& a) { return to.allreduce_sparse(a, opts); },
+      both(tensors));
+}
+
+WorkPtr DeviceBackend::allreduce_coalesced(
+    Tensors& tensors, const c10d::AllreduceCoalescedOptions& opts) {
+  if (!isHere(tensors))
+    return MnemosyneBackend::allreduce_coalesced(tensors, opts);
+  return run(
+      {sizeOf(tensors)},
+      [&](Backend& to, Tensors& a) { return to.allreduce_coalesced(a, opts); },
+      both(tensors));
+}
+
+WorkPtr DeviceBackend::reduce(Tensors& tensors,
+                              const c10d::ReduceOptions& opts) {
+  if (!isHere(tensors)) return MnemosyneBackend::reduce(tensors, opts);
+  return run(
+      {sizeOf(tensors)},
+      [&](Backend& to, Tensors& a) { return to.reduce(a, opts); },
+      both(tensors));
+}
+
+WorkPtr DeviceBackend::allgather(TensorLists& outputs, Tensors& inputs,
+                                 const c10d::AllgatherOptions& opts) {
+  if (!isHere(outputs, inputs))
+    return MnemosyneBackend::allgather(outputs, inputs, opts);
+  return run(
+      {sizeOf(outputs)},
+      [&](Backend& to, TensorLists& a, Tensors& b) {
+        return to.allgather(a, b, opts);
+      },
+      out(outputs), in(inputs));
+}
+
+WorkPtr DeviceBackend::_allgather_base(at::Tensor& output, at::Tensor& input,
+                                       const c10d::AllgatherOptions& opts) {
+  if (!isHere(output, input))
+    return MnemosyneBackend::_allgather_base(output, input, opts);
+  return run(
+      {sizeOf(output)},
+      [&](Backend& to, at::Tensor& a, at::Tensor& b) {
+        return to._allgather_base(a, b, opts);
+      },
+      out(output), in(input));
+}
+
+WorkPtr DeviceBackend::allgather_coalesced(TensorLists& outputs,
+                                           Tensors& inputs,
+                                           const c10d::AllgatherOptions& opts) {
+  if (!isHere(outputs, inputs))
+    return MnemosyneBackend::allgather_coalesced(outputs, inputs, opts);
+  return run(
+      {sizeOf(outputs)},
+      [&](Backend& to, TensorLists& a, Tensors& b) {
+        return to.allgather_coalesced(a, b, opts);
+      },
+      out(outputs), in(inputs));
+}
+
+WorkPtr DeviceBackend::allgather_into_tensor_coalesced(
+    Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts) {
+  if (!isHere(outputs, inputs))
+    return MnemosyneBackend::allgather_into_tensor_coalesced(outputs, inputs,
+                                                             opts);
+  return run(
+      {sizeOf(outputs)},
+      [&](Backend& to, Tensors& a, Tensors& b) {
+        return to.allgather_into_tensor_coalesced(a, b, opts);
+      },
+      out(outputs), in(inputs));
+}
+
+// Only the root has outputs.
+WorkPtr DeviceBackend::gather(TensorLists& outputs, Tensors& inputs,
+                              const c10d::GatherOptions& opts) {
+  if (!isHere(outputs, inputs))
+    return MnemosyneBackend::gather(outputs, inputs, opts);
+  return run(
+      {sizeOf(inputs)},
+      [&](Backend& to, TensorLists& a, Tensors& b) {
+        return to.gather(a, b, opts);
+      },
+      out(outputs), in(inputs));
+}
+
+// Only the root has inputs.
+WorkPtr DeviceBackend::scatter(Tensors& outputs, TensorLists& inputs,
+                               const c10d::ScatterOptions& opts) {
+  if (!isHere(outputs, inputs))
+    return MnemosyneBackend::scatter(outputs, inputs, opts);
+  return run(
+      {sizeOf(outputs)},
+      [&](Backend& to, Tensors& a, TensorLists& b) {
+        return to.scatter(a, b, opts);
+      },
+      out(outputs), in(inputs));
+}
+
+WorkPtr DeviceBackend::reduce_scatter(Tensors& outputs, TensorLists& inputs,
+                                      const c10d::ReduceScatterOptions& opts) {
+  if (!isHere(outputs, inputs))
+    return MnemosyneBackend::reduce_scatter(outputs, inputs, opts);
+  return run(
+      {sizeOf(inputs)},
+      [&](Backend& to, Tensors& a, TensorLists& b) {
+        return to.reduce_scatter(a, b, opts);
+      },
+      out(outputs), in(inputs));
+}
+
+WorkPtr DeviceBackend::_reduce_scatter_base(
+    at::Tensor& output, at::Tensor& input,
+    const c10d::ReduceScatterOptions& opts) {
+  if (!isHere(output, input))
+    return MnemosyneBackend::_reduce_scatter_base(output, input, opts);
+  return run(
+      {sizeOf(input)},
+      [&](Backend& to, at::Tensor& a, at::Tensor& b) {
+        return to._reduce_scatter_base(a, b, opts);
+      },
+      out(output), in(input));
+}
+
+WorkPtr DeviceBackend::reduce_scatter_tensor_coalesced(
+    Tensors& outputs, Tensors& inputs, const c10d::ReduceScatterOptions& opts) {
+  if (!isHere(outputs, inputs))
+    return MnemosyneBackend::reduce_scatter_tensor_coalesced(outputs, inputs,
+                                                             opts);
+  return run(
+      {sizeOf(inputs)},
+      [&](Backend& to, Tensors& a, Tensors& b) {
+        return to.reduce_scatter_tensor_coalesced(a, b, opts);
+      },
+      out(outputs), in(inputs));
+}
+
+// Ranks may send unequal parts, and then have unequal sizes: in a set-up it is
+// always the mesh's.
+WorkPtr DeviceBackend::alltoall_base(at::Tensor& output, at::Tensor& input,
+                                     std::vector<int64_t>& output_splits,
+                                     std::vector<int64_t>& input_splits,
+                                     const c10d::AllToAllOptions& opts) {
+  if (!isHere(output, input))
+    return MnemosyneBackend::alltoall_base(output, input, output_splits,
+                                           input_splits, opts);
+  return run(
+      {0},
+      [&](Backend& to, at::Tensor& a, at::Tensor& b) {
+        return to.alltoall_base(a, b, output_splits, input_splits, opts);
+      },
+      out(output), in(input));
+}
+
+WorkPtr DeviceBackend::alltoall(Tensors& outputs, Tensors& inputs,
+                                const c10d::AllToAllOptions& opts) {
+  if (!isHere(outputs, inputs))
+    return MnemosyneBackend::alltoall(outputs, inputs, opts);
+  return run(
+      {0},
+      [&](Backend& to, Tensors& a, Tensors& b) {
+        return to.alltoall(a, b, opts);
+      },
+      out(outputs), in(inputs));
+}
+
+WorkPtr DeviceBackend::send(Tensors& tensors, int rank, int tag) {
+  if (!isHere(tensors)) return MnemosyneBackend::send(tensors, rank, tag);
+  return run(
+      {sizeOf(tensors), rank},
+      [&](Backend& to, Tensors& a) { return to.send(a, rank, tag); },
+      in(tensors));
+}
+
+WorkPtr DeviceBackend::recv(Tensors& tensors, int rank, int tag) {
+  if (!isHere(tensors)) return MnemosyneBackend::recv(tensors, rank, tag);
+  return run(
+      {sizeOf(tensors), -1, rank},
+      [&](Backend& to, Tensors& a) { return to.recv(a, rank, tag); },
+      out(tensors));
+}
+
+// From whom is known too late to count it: for the others the group stands
+// where it did, and so the next repair makes it anew.
+WorkPtr DeviceBackend::recvAnysource(Tensors& tensors, int tag) {
+  if (!isHere(tensors)) return MnemosyneBackend::recvAnysource(tensors, tag);
+  return run(
+      {sizeOf(tensors)},
+      [&](Backend& to, Tensors& a) { return to.recvAnysource(a, tag); },
+      out(tensors));
+}
+
+// Behind it all that the ranks have given to their devices has happened.
+WorkPtr DeviceBackend::barrier(const c10d::BarrierOptions& opts) {
+  try {
+    inner_->wait();
+    if (device_ != c10::kCPU && inner_->current()) {
+      const c10::impl::VirtualGuardImpl device(device_);
+      device.synchronizeDevice(device.getDevice().index());
+    }
+  } catch (...) {
+    absorb(*mesh(), *group(), describe(std::current_exception()));
+  }
+  return MnemosyneBackend::barrier(opts);
+}
+
+}  // namespace mnemosyne::ccl

@@ -1,0 +1,72 @@
+// A backend of torch's own that moves, for one of our groups, what lies on a
+// device: its life. docs/design.md, "Groups on devices".
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <vector>
+
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+
+#include "ccl/group.h"
+
+namespace mnemosyne::ccl {
+
+// Thread-safe.
+class Inner {
+ public:
+  using BackendPtr = c10::intrusive_ptr<c10d::Backend>;
+  using WorkPtr = c10::intrusive_ptr<c10d::Work>;
+  // Makes one for the ranks of a group; all of them do, with the same `life`.
+  using Make = std::function<BackendPtr(uint64_t group, int64_t life, int rank,
+                                        int size)>;
+
+  explicit Inner(Make make) : make_(std::move(make)) {}
+
+  // The one that there is, or a new one. Throws GroupAborted between abort()
+  // and drop(), and what Make throws.
+  BackendPtr get(const Group& group, int64_t life);
+  // Null if there is none.
+  BackendPtr current() const;
+
+  // It was asked for a collective, or for a message to or from a rank. `work`:
+  // null where it is part of a bundle.
+  void note(const WorkPtr& work, int to, int from);
+  // It has not done all before this is over.
+  void watch(const WorkPtr& work);
+  // Waits as the operations that are in flight are waited for.
+  void wait();
+
+  // What the ranks compare, to tell whether it can be used on.
+  struct Standing {
+    int64_t life = -1;     // -1: there is none
+    bool is_quiet = true;  // all that was asked of it has been done, and well
+    uint64_t collectives = 0;
+    std::vector<uint64_t> sent;  // messages, by rank of the group
+    std::vector<uint64_t> received;
+  };
+  Standing standing();
+
+  // Ends what is in flight, and refuses what is new. May take long.
+  void abort();
+  // Lets it go: get() makes another.
+  void drop();
+
+ private:
+  void put(const WorkPtr& work);
+  void prune();
+
+  const Make make_;
+  std::mutex making_mu_;   // held while one is made
+  mutable std::mutex mu_;  // guards all below
+  BackendPtr backend_;
+  bool is_making_ = false;
+  bool is_aborted_ = false;
+  bool has_failed_ = false;  // something that was asked of it
+  Standing standing_;
+  std::deque<WorkPtr> flight_;
+};
+
+}  // namespace mnemosyne::ccl

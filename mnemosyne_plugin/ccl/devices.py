@@ -1,0 +1,86 @@
+"""What moves the tensors of a group that lie on devices: a backend of torch's own.
+
+Ours is the life around it. docs/design.md, "Groups on devices".
+"""
+
+import importlib
+import os
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Backend, Store
+from torch.distributed import distributed_c10d as c10d
+
+from mnemosyne_plugin.ccl import _C
+
+DeviceGroup = _C.DeviceBackend
+
+_VARIABLE = "MNEMOSYNE_DEVICE_GROUPS"
+# A watchdog that ends the process, or asks a store for others, knows nothing of
+# recovery: who is lost is seen by the mesh, and what hangs by its manager.
+_SETTINGS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_PROPAGATE_ERROR": "0",
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+    "TORCH_NCCL_USE_COMM_NONBLOCKING": "1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Devices of one type, and how to make a backend for them."""
+
+    type: str
+    """As ``torch.device(...).type``."""
+    make: Callable[[Store, int, int, timedelta, Any], Backend]
+    """Of store, rank, size, timeout, and the options that the script gave."""
+
+    def connect(self, group: DeviceGroup) -> None:
+        """Make the group's backend and have it connect. Collective; any thread."""
+        group.connect()
+        inner = group.inner
+        if self.type != "cpu" and inner is not None:
+            inner.eager_connect_single_device(torch.device(self.type))
+
+    def wait(self) -> None:
+        """Wait for all that this process has given to its devices."""
+        if self.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+
+
+def find_devices(environment: MutableMapping[str, str] = os.environ) -> Devices | None:
+    """Return the devices whose tensors our groups are to move; None if there are none.
+
+    MNEMOSYNE_DEVICE_GROUPS=module:function names what returns other ones than NVIDIA's.
+    """
+    if named := environment.get(_VARIABLE):
+        module, _, function = named.partition(":")
+        found: Devices = getattr(importlib.import_module(module), function)()
+        return found
+    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+        return None
+    for name, value in _SETTINGS.items():
+        environment.setdefault(name, value)
+    return Devices("cuda", _make_nccl)
+
+
+def device_groups() -> list[DeviceGroup]:
+    """Return those of this process's groups that have devices, oldest first."""
+    cpu = torch.device("cpu")
+    backends = [group._get_backend(cpu) for group in list(c10d._world.pg_map)]
+    return [backend for backend in backends if isinstance(backend, DeviceGroup)]
+
+
+def _make_nccl(
+    store: Store, rank: int, size: int, timeout: timedelta, options: Any
+) -> Backend:
+    if not isinstance(options, dist.ProcessGroupNCCL.Options):
+        options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(store, rank, size, options)

@@ -1,0 +1,158 @@
+"""The groups whose tensors lie on devices, when a rank is lost: what moves those
+tensors ends, within a time limit, and is made anew where a member was replaced.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mnemosyne_plugin import ccl
+from mnemosyne_plugin.ccl.devices import DeviceGroup, Devices, device_groups
+from mnemosyne_plugin.errors import GroupAborted, RecoverableError
+from mnemosyne_plugin.events import EventLog
+from mnemosyne_plugin.recovery.control import ControlGroup
+
+_ABORT_S = 20.0  # an abort that takes longer never ends
+
+
+class DeviceGroups:
+    """Those of this rank. The main thread's, but ``release`` and ``watch``."""
+
+    def __init__(
+        self,
+        devices: Devices,
+        mesh: ccl.Mesh,
+        rank: int,
+        events: EventLog,
+        find: Callable[[], list[DeviceGroup]] = device_groups,
+        give_up: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGKILL),
+    ) -> None:
+        """give_up: ends this process, so that another one takes its rank."""
+        self._devices = devices
+        self._mesh = mesh
+        self._rank = rank
+        self._events = events
+        self._find = find
+        self._give_up = give_up
+        self._aborts: list[threading.Thread] = []
+        self._abort_by = 0.0
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        """Wait for all that the devices were given: what failed there is known then."""
+        self._devices.wait()
+
+    def settle(self, control: ControlGroup) -> None:
+        """Make anew what cannot be used on, on all its ranks. Collective.
+
+        A group is used on if all its members have asked it for the same and have had
+        that: it holds no lost rank, and nothing was in flight in it.
+        """
+        groups = {group.key: group for group in self._find()}
+        offers = {key: _offer(group) for key, group in groups.items()}
+        blobs = control.gather(json.dumps(offers).encode())
+        by_rank = [
+            {int(key): offer for key, offer in json.loads(blob).items()}
+            for blob in blobs
+        ]
+        old, new = [], []
+        for key in sorted(groups):
+            members = groups[key].global_ranks
+            stands = [by_rank[rank].get(key, _NOTHING) for rank in members]
+            if any(stand != _NOTHING for stand in stands) and not _agree(stands):
+                new.append(groups[key])
+                if offers[key] != _NOTHING:
+                    old.append(groups[key])
+        self._drop(old)
+        self._connect(new)
+        self._events.emit(
+            "device_groups",
+            epoch=self._mesh.epoch,
+            rank=self._rank,
+            made_anew=len(new),
+            kept=sum(group.inner is not None for group in groups.values()) - len(new),
+        )
+
+    def _drop(self, groups: Sequence[DeviceGroup]) -> None:
+        self._abort(groups)
+        for thread in self._aborts:
+            thread.join(max(0.0, self._abort_by - time.monotonic()))
+        self.watch()
+        self._aborts = []
+        for group in groups:
+            group.drop_inner()
+
+    def _connect(self, groups: Sequence[DeviceGroup]) -> None:
+        """Side by side: each takes its time to find its members."""
+        errors: list[Exception] = []
+
+        def connect(group: DeviceGroup) -> None:
+            try:
+                self._devices.connect(group)
+            except Exception as error:
+                errors.append(error)
+                if self._mesh.failure() is None:
+                    self._mesh.fence(f"rank {self._rank}: {error}")
+
+        threads = [
+            threading.Thread(target=connect, args=(group,), name="mnemosyne-connect")
+            for group in groups
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()  # a failure of the mesh ends it
+        if not errors:
+            return
+        failure = self._mesh.failure()
+        if isinstance(failure, RecoverableError):
+            raise failure
+        raise failure or GroupAborted(str(errors[0]), self._rank)
+
+    def _abort(self, groups: Sequence[DeviceGroup]) -> None:
+        """Start to abort them, all at once: one may wait for another."""
+        with self._lock:
+            if not any(thread.is_alive() for thread in self._aborts):
+                self._abort_by = time.monotonic() + _ABORT_S
+            for group in groups:
+                thread = threading.Thread(
+                    target=group.abort_inner, name="mnemosyne-abort", daemon=True
+                )
+                thread.start()
+                self._aborts.append(thread)
+
+    # --- the reader's thread ------------------------------------------------------
+
+    def release(self) -> None:
+        """A failure is latched: have the main thread wait for no other rank."""
+        self._abort([group for group in self._find() if not group.standing()[1]])
+
+    def watch(self) -> float | None:
+        """Give this process up if an abort never ends; return when to look again."""
+        with self._lock:
+            is_busy = any(thread.is_alive() for thread in self._aborts)
+        left = self._abort_by - time.monotonic()
+        if not is_busy or left > 0:
+            return left if is_busy else None
+        self._events.emit("device_hangs", rank=self._rank, seconds=_ABORT_S)
+        self._give_up()
+        return None
+
+
+_NOTHING = [-1, True, 0, [], []]
+
+
+def _offer(group: DeviceGroup) -> list[Any]:
+    return list(group.standing())
+
+
+def _agree(stands: Sequence[list[Any]]) -> bool:
+    """Tell whether its members, by rank, can use it on."""
+    lives, quiet, collectives, sent, received = zip(*stands, strict=True)
+    if -1 in lives or not all(quiet) or len({*lives}) > 1 or len({*collectives}) > 1:
+        return False
+    return list(sent) == [list(column) for column in zip(*received, strict=True)]

@@ -1,0 +1,283 @@
+"""Groups whose tensors lie on devices; links of their own stand in for NCCL."""
+
+import os
+import select
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from world import Worker, World
+
+import stand_in
+from mnemosyne_plugin.ccl.mesh import create_device_group
+from mnemosyne_plugin.errors import MnemosyneError, RecoverableError
+from mnemosyne_plugin.events import EventLog
+from mnemosyne_plugin.recovery.control import ControlGroup
+from mnemosyne_plugin.recovery.device_groups import DeviceGroups
+
+SIZE = 4
+RANKS = {"world": [0, 1, 2, 3], "low": [0, 1], "high": [1, 2, 3]}
+TIMEOUT = timedelta(seconds=30)
+
+
+@pytest.fixture(scope="module", params=["auto", "tcp"])
+def shared(request: pytest.FixtureRequest) -> Iterator[World]:
+    with World(SIZE, request.param) as world:
+        yield world
+
+
+@pytest.fixture
+def world(shared: World, tmp_path: Path) -> World:
+    """All ranks alive, with three groups, of which each rank has those it is in."""
+    shared.heal()
+    shared.run(begin, str(tmp_path))
+    assert shared.run(settle) == ["settled"] * SIZE
+    return shared
+
+
+def begin(worker: Worker, folder: str) -> None:
+    store = dist.FileStore(f"{folder}/store", SIZE)
+    devices = stand_in.links()
+
+    def make(store: Any, rank: int, size: int) -> Any:
+        match worker.kept.pop("fate", ""):
+            case "fails":
+                raise RuntimeError("no such device")
+            case "dies":
+                os._exit(1)
+        return devices.make(store, rank, size, TIMEOUT, None)
+
+    groups = {
+        name: create_device_group(
+            worker.mesh,
+            name + folder,
+            ranks,
+            TIMEOUT.total_seconds(),
+            device_type="cpu",
+            store=store,
+            make=make,
+        )
+        for name, ranks in RANKS.items()
+        if worker.rank in ranks
+    }
+    manager = DeviceGroups(
+        devices,
+        worker.mesh,
+        worker.rank,
+        EventLog(folder, f"{worker.rank}"),
+        find=lambda: list(groups.values()),
+    )
+    worker.kept = {"groups": groups, "manager": manager}
+
+
+def settle(worker: Worker) -> str:
+    """Repair the groups as a recovery does, on all ranks."""
+    try:
+        worker.kept["manager"].settle(ControlGroup(worker.mesh, worker.size))
+    except RecoverableError as error:
+        return type(error).__name__
+    return "settled"
+
+
+def total(worker: Worker, name: str, numel: int = 10) -> float:
+    """All-reduce one more than the rank."""
+    tensor = torch.full((numel,), worker.rank + 1.0)
+    worker.kept["groups"][name].allreduce([tensor]).wait()
+    assert bool((tensor == tensor[0]).all())
+    return float(tensor[0])
+
+
+def totals(worker: Worker) -> dict[str, float]:
+    return {name: total(worker, name) for name in worker.kept["groups"]}
+
+
+RIGHT = [
+    {name: sum(ranks) + len(ranks) for name, ranks in RANKS.items() if rank in ranks}
+    for rank in range(SIZE)
+]
+
+
+def remember(worker: Worker) -> int:
+    """Keep what moves each group's tensors; return how many have such a thing."""
+    groups = worker.kept["groups"].items()
+    worker.kept["seen"] = {name: group.inner for name, group in groups}
+    return sum(inner is not None for inner in worker.kept["seen"].values())
+
+
+def kept(worker: Worker) -> set[str]:
+    """Return the groups that have what ``remember`` has seen."""
+    seen = worker.kept["seen"]
+    groups = worker.kept["groups"].items()
+    return {name for name, group in groups if group.inner is seen[name]}
+
+
+def lose_a_member(worker: Worker, name: str) -> str:
+    """Wait in a group for a rank that dies, as the main thread of a rank does."""
+    begun = threading.Event()
+
+    def read() -> None:
+        begun.set()
+        select.select([worker.mesh.failure_fd], [], [])
+        worker.kept["manager"].release()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    begun.wait()
+    try:
+        total(worker, name, 100_000)
+        return "nothing"
+    except MnemosyneError as error:
+        return type(error).__name__
+    finally:
+        reader.join()
+
+
+def hand_over(worker: Worker) -> None:
+    """Send a message from rank 0 to rank 1."""
+    tensor, group = torch.full((5,), float(worker.rank)), worker.kept["groups"]["low"]
+    if worker.rank == 0:
+        group.send([tensor], 1, 0).wait()
+    else:
+        group.recv([tensor], 0, 0).wait()
+        assert tensor.tolist() == [0.0] * 5
+
+
+def replace(world: World, tmp_path: Path) -> None:
+    world.heal()
+    world.run(begin, str(tmp_path), ranks=[3])
+
+
+def num_operations(worker: Worker) -> int:
+    return worker.mesh.counters()["ops"]
+
+
+def test_each_group_connects_at_its_first_use(world: World) -> None:
+    assert world.run(remember) == [0] * SIZE
+    before = world.run(num_operations)
+    assert world.run(totals) == RIGHT
+    assert world.run(num_operations) == before  # the mesh has carried none of it
+    assert world.run(remember) == [len(right) for right in RIGHT]
+
+
+def test_only_groups_of_the_lost_rank_are_made_anew(
+    world: World, tmp_path: Path
+) -> None:
+    world.run(totals)
+    world.run(hand_over, ranks=[0, 1])
+    world.run(remember)
+    world.start(lose_a_member, "high", ranks=[1, 2])
+    world.start(lose_a_member, "world", ranks=[0])
+    world.kill(3)
+    # "world" is aborted with the others, though rank 0 alone was waiting in it.
+    assert set(world.results([0, 1, 2])) <= {"PeerLost", "StaleEpoch"}
+    replace(world, tmp_path)
+    assert world.run(settle) == ["settled"] * SIZE
+    assert world.run(kept, ranks=[0, 1, 2]) == [{"low"}, {"low"}, set()]
+    assert world.run(totals) == RIGHT
+    # All were connected by the repair itself, the newcomer's too.
+    assert world.run(remember) == [len(right) for right in RIGHT]
+
+
+def ask_in_vain(worker: Worker) -> None:
+    worker.kept["works"] = worker.kept["groups"]["low"].allreduce([torch.ones(5)])
+
+
+def send_in_vain(worker: Worker) -> None:
+    worker.kept["works"] = worker.kept["groups"]["low"].send([torch.ones(5)], 1, 0)
+
+
+@pytest.mark.parametrize("begun", [ask_in_vain, send_in_vain])
+def test_a_group_with_something_in_flight_is_made_anew(
+    world: World, begun: Any
+) -> None:
+    world.run(totals)
+    world.run(begun, ranks=[0])
+    world.run(remember)
+    world.seat()
+    assert world.run(settle) == ["settled"] * SIZE
+    assert "low" not in world.run(kept, ranks=[0])[0]
+    assert world.run(kept, ranks=[2]) == [{"world", "high"}]
+    assert world.run(totals) == RIGHT
+
+
+def meet(worker: Worker, fate: str) -> None:
+    worker.kept["fate"] = fate
+
+
+@pytest.mark.parametrize("fate", ["fails", "dies"])
+def test_a_failure_while_groups_are_made_anew_is_everybodys(
+    world: World, tmp_path: Path, fate: str
+) -> None:
+    world.run(totals)
+    world.kill(3)
+    replace(world, tmp_path)
+    world.run(meet, fate, ranks=[3])
+    world.start(settle, ranks=range(SIZE))
+    if fate == "fails":
+        # As the leader does: the others wait for rank 3 in their store.
+        assert world.results([3]) == ["StaleEpoch"]
+        world.kill(3)
+    results = world.results([0, 1, 2])
+    # Rank 0 does not need the group in which rank 3 has come to nothing.
+    assert results[1:] == ["PeerLost"] * 2 and results[0] in ("PeerLost", "settled")
+    replace(world, tmp_path)
+    assert world.run(settle) == ["settled"] * SIZE
+    assert world.run(totals) == RIGHT
+
+
+def fail_in_a_step(worker: Worker) -> None:
+    group = worker.kept["groups"]["low"]
+    worker.mesh.absorb(True)
+    worker.mesh.fence("a test", -1)
+    worker.kept["manager"].release()
+    tensor, others = torch.ones(3), [torch.ones(3) for _ in range(2)]
+    group.allreduce([tensor]).wait()
+    work = group.allgather([others], [tensor])
+    work.wait()
+    assert work.get_future().value() is not None
+    assert tensor.tolist() == [1.0] * 3  # inputs stay
+    assert [other.tolist() for other in others] == [[0.0] * 3] * 2  # and are finite
+    worker.mesh.absorb(False)
+    with pytest.raises(RecoverableError):
+        group.allreduce([tensor])
+
+
+def test_failures_in_a_step_are_absorbed(world: World) -> None:
+    world.run(totals)
+    world.run(fail_in_a_step, ranks=[0, 1])
+    world.seat()
+    assert world.run(settle) == ["settled"] * SIZE
+    assert world.run(totals) == RIGHT
+
+
+def set_up(worker: Worker) -> bytes:
+    """Leave a log, and one large tensor that is not in it."""
+    worker.mesh.start_recording()
+    assert total(worker, "low") == 3.0
+    assert worker.kept["groups"]["low"].inner is None
+    assert total(worker, "low", 100_000) == 3.0
+    assert worker.kept["groups"]["low"].inner is not None
+    return worker.mesh.stop_recording()
+
+
+def set_up_alone(worker: Worker, log: bytes) -> None:
+    worker.mesh.start_replay(log)
+    assert total(worker, "low") == 3.0
+    assert total(worker, "low", 100_000) == 1.0  # skipped: its state comes later
+    worker.mesh.stop_replay()
+    assert worker.kept["groups"]["low"].inner is None
+
+
+def test_a_newcomer_makes_the_set_up_alone(world: World, tmp_path: Path) -> None:
+    log = world.run(set_up, ranks=[0, 1])[0]
+    world.kill(0)
+    world.heal()
+    world.run(begin, str(tmp_path), ranks=[0])
+    world.run(set_up_alone, log, ranks=[0])
+    assert world.run(settle) == ["settled"] * SIZE
+    assert world.run(totals) == RIGHT

@@ -1,0 +1,67 @@
+"""An abort on a device that never ends."""
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mnemosyne_plugin.events import EventLog
+from mnemosyne_plugin.recovery import device_groups
+from mnemosyne_plugin.recovery.device_groups import DeviceGroups
+
+
+class Group:
+    """Something is in flight in it, and its abort waits for ``may_end``."""
+
+    def __init__(self) -> None:
+        self.may_end = threading.Event()
+        self.is_aborting = threading.Event()
+
+    def standing(self) -> list[Any]:
+        return [1, False, 3, [], []]
+
+    def abort_inner(self) -> None:
+        self.is_aborting.set()
+        self.may_end.wait()
+
+
+def manager_of(groups: list[Group], folder: Path, given_up: list[bool]) -> DeviceGroups:
+    nothing: Any = SimpleNamespace()
+    return DeviceGroups(
+        nothing,
+        nothing,
+        rank=2,
+        events=EventLog(str(folder), "test"),
+        find=lambda: groups,  # type: ignore[arg-type, return-value]
+        give_up=lambda: given_up.append(True),
+    )
+
+
+def test_aborts_run_side_by_side_and_are_given_time(tmp_path: Path) -> None:
+    groups, given_up = [Group(), Group()], list[bool]()
+    manager = manager_of(groups, tmp_path, given_up)
+    assert manager.watch() is None
+    manager.release()
+    assert all(group.is_aborting.wait(10) for group in groups)
+    left = manager.watch()
+    assert left is not None and 0 < left <= device_groups._ABORT_S
+    for group in groups:
+        group.may_end.set()
+    for thread in manager._aborts:
+        thread.join()
+    assert manager.watch() is None and not given_up
+
+
+def test_a_process_whose_abort_never_ends_gives_itself_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_groups, "_ABORT_S", 0.0)
+    groups, given_up = [Group()], list[bool]()
+    manager = manager_of(groups, tmp_path, given_up)
+    manager.release()
+    manager.watch()
+    assert given_up == [True]
+    assert "device_hangs" in next(tmp_path.glob("events/*")).read_text()
+    groups[0].may_end.set()
