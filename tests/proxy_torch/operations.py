@@ -180,6 +180,21 @@ def integers() -> Iterator[tuple[str, Operation, list[Tensor]]]:
     yield "eq integers", lambda x: x == 3, [a]
     yield "not", lambda x: torch.logical_not(x == 3), [a]
     yield "to float of integers", lambda x: x.float(), [a]
+    yield "logical and", lambda x: torch.logical_and(x > 9, x < 40), [a]
+    yield "logical or", lambda x: torch.logical_or(x > 40, x < 9), [a]
+    yield "bitwise and", lambda x: (x > 9) & (x < 40), [a]
+    yield "bitwise or", lambda x: (x > 40) | (x < 9), [a]
+    yield "bitwise not", lambda x: ~(x > 9), [a]
+    yield "mul booleans", lambda x: (x > 9) * (x < 40), [a]
+
+
+def doubles() -> Iterator[tuple[str, Operation, list[Tensor]]]:
+    """Yield what norms are made with that are summed up in doubles."""
+    a = random(40, 64, dtype=torch.float64)
+    yield "sum doubles", torch.sum, [a]
+    yield "norm doubles", torch.linalg.vector_norm, [a]
+    yield "pow 2 doubles", lambda x: x**2, [a]
+    yield "pow 1.5 doubles", lambda x: (x**2) ** 1.5, [a]
 
 
 def distance(got: Tensor, want: Tensor) -> float:
@@ -253,6 +268,8 @@ def main() -> int:
                 report(f"{name} {dtype}", difference, TOLERANCE[dtype])
     for name, function, arguments in integers():
         report(name, compare(function, arguments), 0)
+    for name, function, arguments in doubles():
+        report(name, compare(function, arguments), 1e-13)
     report("dropout", dropout(), 0.02)
     print("failed", failed)
     return 1 if failed else 0

@@ -50,6 +50,13 @@ struct Minimum {
   }
 };
 
+struct And {
+  bool operator()(bool a, bool b) const { return a && b; }
+};
+struct Or {
+  bool operator()(bool a, bool b) const { return a || b; }
+};
+
 // BinaryFunctor, and with the first or the second argument a scalar.
 template <typename T, typename Operation>
 struct Binary {
@@ -131,6 +138,13 @@ void addFor(RegisterKernel* add_to) {
 void addArithmetic(RegisterKernel* add_to) {
   addFor<int32_t>(add_to);
   addFor<int64_t>(add_to);
+  for (const char* name : {"10MulFunctor", "17BitwiseAndFunctor",
+                           "23logical_and_kernel_cuda"}) {
+    addBinary<bool, And>(add_to, name);
+  }
+  for (const char* name : {"16BitwiseOrFunctor", "22logical_or_kernel_cuda"}) {
+    addBinary<bool, Or>(add_to, name);
+  }
   forFloating([&](auto number) {
     using T = decltype(number);
     addFor<T>(add_to);

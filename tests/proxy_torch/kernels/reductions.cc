@@ -19,34 +19,34 @@ using proxy::emulated::onHost;
 template <typename T>
 struct Sum {
   char nothing;
-  static float first() { return 0; }
-  float reduce(float sum, T value) const { return sum + value; }
-  float project(float sum) const { return sum; }
+  static Wide<T> first() { return 0; }
+  Wide<T> reduce(Wide<T> sum, T value) const { return sum + value; }
+  Wide<T> project(Wide<T> sum) const { return sum; }
 };
 template <typename T>
 struct Mean {
-  float factor;
-  static float first() { return 0; }
-  float reduce(float sum, T value) const { return sum + value; }
-  float project(float sum) const { return sum * factor; }
+  Wide<T> factor;
+  static Wide<T> first() { return 0; }
+  Wide<T> reduce(Wide<T> sum, T value) const { return sum + value; }
+  Wide<T> project(Wide<T> sum) const { return sum * factor; }
 };
 template <typename T>
 struct NormTwo {
   char nothing;
-  static float first() { return 0; }
-  float reduce(float sum, T value) const {
-    return sum + static_cast<float>(value) * static_cast<float>(value);
+  static Wide<T> first() { return 0; }
+  Wide<T> reduce(Wide<T> sum, T value) const {
+    return sum + static_cast<Wide<T>>(value) * static_cast<Wide<T>>(value);
   }
-  float project(float sum) const { return std::sqrt(sum); }
+  Wide<T> project(Wide<T> sum) const { return std::sqrt(sum); }
 };
 template <typename T>
 struct NormOne {
   char nothing;
-  static float first() { return 0; }
-  float reduce(float sum, T value) const {
-    return sum + std::abs(static_cast<float>(value));
+  static Wide<T> first() { return 0; }
+  Wide<T> reduce(Wide<T> sum, T value) const {
+    return sum + std::abs(static_cast<Wide<T>>(value));
   }
-  float project(float sum) const { return sum; }
+  Wide<T> project(Wide<T> sum) const { return sum; }
 };
 template <typename T, bool is_max>
 struct Extreme {  // accumulates in T itself
@@ -144,6 +144,7 @@ void addFor(RegisterKernel* add_to) {
 
 void addReductions(RegisterKernel* add_to) {
   addFor<float, float>(add_to);
+  addFor<double, double>(add_to);
   addFor<Bfloat16, Bfloat16>(add_to);
   addFor<Bfloat16, float>(add_to);
   forFloating([&](auto number) {

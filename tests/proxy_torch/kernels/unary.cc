@@ -31,8 +31,6 @@ float squareRoot(float x) { return std::sqrt(x); }
 float inverseRoot(float x) { return 1 / std::sqrt(x); }
 float sine(float x) { return std::sin(x); }
 float cosine(float x) { return std::cos(x); }
-float square(float x) { return x * x; }
-float cube(float x) { return x * x * x; }
 float hyperbolicTangent(float x) { return std::tanh(x); }
 float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 float silu(float x) { return x * sigmoid(x); }
@@ -65,11 +63,13 @@ float geluByTanhBackward(float gradient, float x) {
   return gradient * (0.5f * (1 + t) + 0.5f * x * slope);
 }
 
-template <typename T, auto function>
+template <typename T, int exponent>
 struct FixedPower {
   EndOfCaptures end;
   T operator()(T x) const {
-    return convert<T>(function(static_cast<float>(x)));
+    Wide<T> power = x;
+    for (int i = 1; i < exponent; ++i) power *= static_cast<Wide<T>>(x);
+    return convert<T>(power);
   }
 };
 template <typename T>
@@ -78,7 +78,7 @@ struct Power {  // the general case of pow_tensor_scalar_kernel_impl
   EndOfCaptures end;
   T operator()(T base) const {
     return convert<T>(
-        std::pow(static_cast<float>(base), static_cast<float>(exponent)));
+        std::pow(static_cast<Wide<T>>(base), static_cast<Wide<T>>(exponent)));
   }
 };
 template <typename T>
@@ -91,7 +91,17 @@ struct Threshold {
 };
 
 template <typename T>
+void addPowers(RegisterKernel* add_to) {
+  const std::string power = std::string("Z*29pow_tensor_scalar_kernel_implI") +
+                            mangled<T>() + "*EUl*E";
+  addElementwise<FixedPower<T, 2>>(add_to, power + "_");
+  addElementwise<FixedPower<T, 3>>(add_to, power + "0_");
+  addElementwise<Power<T>>(add_to, power + "2_");
+}
+
+template <typename T>
 void addFor(RegisterKernel* add_to) {
+  addPowers<T>(add_to);
   const auto unary = [&]<auto function>(const char* in,
                                         const char* suffix = "E_") {
     addElementwise<Unary<T, function>>(add_to, lambda<T>(in, suffix));
@@ -112,11 +122,6 @@ void addFor(RegisterKernel* add_to) {
   unary.template operator()<silu>("11silu_kernel");
   addElementwise<Unary<T, absolute>>(
       add_to, std::string("NS0_10AbsFunctorI") + mangled<T>() + "EE");
-  const std::string power = std::string("Z*29pow_tensor_scalar_kernel_implI") +
-                            mangled<T>() + "*EUl*E";
-  addElementwise<FixedPower<T, square>>(add_to, power + "_");
-  addElementwise<FixedPower<T, cube>>(add_to, power + "0_");
-  addElementwise<Power<T>>(add_to, power + "2_");
   backward.template operator()<siluBackward>("20silu_backward_kernel");
   backward.template operator()<sigmoidBackward>(
       "28sigmoid_backward_kernel_cuda");
@@ -136,6 +141,7 @@ void addFor(RegisterKernel* add_to) {
 
 void addUnary(RegisterKernel* add_to) {
   forFloating([&](auto number) { addFor<decltype(number)>(add_to); });
+  addPowers<double>(add_to);  // of norms, which DeepSpeed sums up in doubles
 }
 
 }  // namespace mnemosyne::torch_kernels
