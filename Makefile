@@ -98,9 +98,12 @@ $(INSTALLED): requirements-dev.txt
 
 # The build without a suffix in its version is the one for CUDA; with two signs a build
 # for the CPU, 2.13.0+cpu, would do as well where there is one.
-$(CUDA_VENV)/installed: Makefile
+$(CUDA_VENV)/installed: Makefile requirements-dev.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install --quiet $(subst ==,===,$(TORCH)) numpy
+	$(CUDA_VENV)/bin/python -m pip install --quiet $(subst ==,===,$(TORCH)) wheel \
+	    $(shell grep -E '^(numpy|ninja|setuptools)==' requirements-dev.txt)
+	$(CUDA_VENV)/bin/python -m pip install --quiet --no-build-isolation \
+	    $(shell grep '^deepspeed==' requirements-dev.txt)
 	touch $@
 
 $(UNPACKED): $(INSTALLED)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mnemosyne_plugin import recovery
-from mnemosyne_plugin.adapters.lost_device import Inputs, Results
+from mnemosyne_plugin.adapters.lost_device import Copies, Results
 from mnemosyne_plugin.data import positions
 from mnemosyne_plugin.errors import ConfigError, FatalError
 from mnemosyne_plugin.recovery.commit import Outcome
@@ -156,11 +156,11 @@ class Session:
             self._manager.end()
             return result
 
-    def _inputs(self, *arguments: Any) -> Inputs | None:
+    def _inputs(self, *arguments: Any) -> Copies | None:
         if self._results is None:
             return None
         try:
-            return Inputs(*arguments)
+            return Copies(*arguments)
         except RuntimeError as error:
             if not self._manager.is_device_lost:
                 raise

@@ -14,16 +14,32 @@ import torch
 _LARGEST_RESULT = 256  # elements; a loss has one
 
 
-class Inputs:
-    """Copies of the device tensors that a step is called with."""
+class Copies:
+    """Copies in host memory of tensors that lie on a device."""
 
-    def __init__(self, *arguments: Any) -> None:
-        """arguments: tensors in tuples, lists and mappings are found."""
-        self._kept = _copies(_tensors(arguments))
+    def __init__(self, *values: Any) -> None:
+        """values: tensors in tuples, lists and mappings are found."""
+        self._kept = _copies(_tensors(values))
 
     def put_back(self) -> None:
         """Fill them again."""
         _put_back(self._kept)
+
+
+class ResultCopies:
+    """The same of what a step gave the script, as long as that has not changed it.
+
+    Small tensors only: a loss, not what it was computed from.
+    """
+
+    def __init__(self, *values: Any) -> None:
+        small = [t for t in _tensors(values) if t.numel() <= _LARGEST_RESULT]
+        self._kept = [(*pair, pair[0]._version) for pair in _copies(small)]
+
+    def put_back(self) -> None:
+        """Fill them again."""
+        same = [(t, copy) for t, copy, version in self._kept if t._version == version]
+        _put_back(same)
 
 
 class Results:
@@ -89,6 +105,5 @@ def _copies(
 
 
 def _put_back(kept: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    with torch.no_grad():
-        for tensor, copy in kept:
-            tensor.copy_(copy)
+    for tensor, copy in kept:
+        tensor.data.copy_(copy)  # no change in the eyes of autograd

@@ -12,12 +12,21 @@ class Redo(BaseException):
     """Unwinds a doomed step; not an Exception, so that trainers let it pass."""
 
 
+class Made(BaseException):
+    """Unwinds a mutation that the others have made, and this rank has."""
+
+
 class Commit:
     """The commit of one step after the other."""
 
     def __init__(self, manager: Manager) -> None:
         self._manager = manager
         self._is_done = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the step under way is committed: its mutation has begun."""
+        return self._is_done
 
     @contextmanager
     def due(self) -> Iterator[None]:
@@ -37,6 +46,8 @@ class Commit:
         if self._manager.commit() is Outcome.REDO:
             raise Redo
         self._is_done = True
+        if self._manager.is_ahead:
+            raise Made
 
     @contextmanager
     def unwound(self) -> Iterator[None]:

@@ -41,6 +41,9 @@ def serve_process_groups(
         wrapper = _with_our_backend(getattr(c10d, name), choose)
         setattr(c10d, name, wrapper)
         setattr(torch.distributed, name, wrapper)
+    if may_use_nccl:
+        # The proxy has no ncclCommSplit: a group on a known device connects at once.
+        c10d._get_split_source = lambda pg: None
     barrier = c10d._store_based_barrier
 
     @functools.wraps(barrier)
@@ -71,8 +74,11 @@ def group_ids() -> list[int]:
 
 def num_collectives() -> int:
     """Return how many operations this process has begun on its groups."""
-    cpu = torch.device("cpu")
-    backends: list[Any] = [group._get_backend(cpu) for group in c10d._world.pg_map]
+    backends: list[Any] = [
+        group._get_backend(device)
+        for group in c10d._world.pg_map
+        for device in group._device_types  # NCCL's are counted, too
+    ]
     return sum(backend._get_sequence_number_for_group() for backend in backends)
 
 

@@ -55,6 +55,8 @@ class Report:
     """Where that is, or the one it has loaded."""
     is_stopping: bool = False
     """It knows that the job ends in front of the next step."""
+    has_lost_device: bool = False
+    """That is the failure, or one of several."""
     wards: Mapping[int, Sequence[int]] = field(default_factory=dict)
     """Ward -> versions of its shard that this rank keeps."""
     loading: Mapping[str, Any] = field(default_factory=dict)

@@ -83,6 +83,9 @@ class Device:
     def recover(self) -> bool:
         """Start it again if it is lost; return whether it was. Raises FatalError."""
         if not self.proxy.is_lost:
+            # What it was given before may still write to what is restored next.
+            self.wait()
+        if not self.proxy.is_lost:
             return False
         begun, loss = time.monotonic(), self.proxy.describe_loss()
         self.proxy.recover(_START_TIMEOUT_S)

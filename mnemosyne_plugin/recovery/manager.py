@@ -229,6 +229,8 @@ class Manager:
     @property
     def has_failed(self) -> bool:
         """Whether a failure is latched: what the step has computed may be wrong."""
+        if self._device is not None:
+            self._device.look()
         return self.mesh.failure() is not None
 
     @property
@@ -237,9 +239,7 @@ class Manager:
 
         Where ranks disagree on an operation it is not: that is the script's error.
         """
-        if self._device is not None:
-            self._device.look()
-        return isinstance(self.mesh.failure(), RecoverableError)
+        return self.has_failed and isinstance(self.mesh.failure(), RecoverableError)
 
     @property
     def has_device_proxy(self) -> bool:
@@ -251,8 +251,17 @@ class Manager:
         if self._device is not None:
             raise ConfigError(
                 f"this version cannot protect {trainer} under --device-proxy, only "
-                "plain DDP with mnemosyne_plugin.attach; leave the option out"
+                "plain DDP with mnemosyne_plugin.attach and DeepSpeed with ZeRO 0 to "
+                "2; leave the option out"
             )
+
+    def wait_for_device(self) -> None:
+        """Wait for all that the device was given, if there is a device proxy.
+
+        Behind it ``has_failed`` tells whether that has happened.
+        """
+        if self._device is not None:
+            self._device.wait()
 
     def describe_device(self) -> str:
         """Return a line that says what the device proxy is doing; "" without one."""
@@ -374,7 +383,9 @@ class Manager:
             try:
                 self._begin()
                 return Outcome.COMMIT
-            except RecoverableError:
+            except RuntimeError as error:
+                if not (isinstance(error, RecoverableError) or self.is_device_lost):
+                    raise
                 before = self.version
                 self._recover()
                 if self.version < before:
@@ -452,6 +463,13 @@ class Manager:
         self._device.look()
         return self.recover()
 
+    def take_over(self) -> None:
+        """Where this rank ``is_ahead``: have the others' counters and schedules, too.
+
+        Else the next ``begin`` does that, because the script still steps them itself.
+        """
+        self._protected().catch_up()
+
     def _tell_footprint(self, protection: Protection) -> None:
         footprint = protection.footprint(self.version)
         if footprint is None:
@@ -489,19 +507,28 @@ class Manager:
     def end(self) -> Outcome:
         """End the step: its mutation is done, ``version`` is one more.
 
-        REDO, only with a shard: a failure has spoiled the mutation; ``recover``.
+        REDO, only with a shard: a failure has spoiled the mutation, or the device was
+        lost before its snapshot was whole; ``recover``.
         """
         self.mesh.stop_replay()
         protection = self._protected()
-        if protection.is_sharded and self.has_failed:
-            return Outcome.REDO
+        if protection.is_sharded:
+            self.wait_for_device()
+            if self.has_failed:
+                return Outcome.REDO
         self.mesh.absorb(False)
         if not self.is_ahead:
             self.version += 1
         self.is_ahead = False
         self._furthest = max(self._furthest, self.version)
         self._has_voted = False
-        protection.take(self.version)
+        try:
+            protection.take(self.version)
+        except RuntimeError:
+            if not self.is_device_lost:
+                raise
+            self.wait_for_device()
+            return Outcome.REDO
         if self._is_first_step:
             self._is_first_step = False
             self._events.emit(
@@ -603,10 +630,10 @@ class Manager:
                     ) from error
                 self._enter(State.FENCED)
             except RuntimeError as error:
-                if isinstance(error, FatalError) or not self.is_device_lost:
+                # This rank's device, or another's: then NCCL's part is cut short.
+                is_mended = self.has_device_proxy and self.is_doomed
+                if isinstance(error, FatalError) or not is_mended:
                     raise
-                assert self._device is not None
-                self._device.look()
                 self._enter(State.FENCED)
 
     def _count_loss(self) -> None:
@@ -634,6 +661,7 @@ class Manager:
             self._enter(State.FENCED)
             if self._device is not None and self._device.recover():
                 self._count_loss()
+                self._protected().lose_device()
             membership = self._agent.wait_for_news(deadline - time.monotonic())
             if membership is None:
                 raise FatalError(
@@ -675,7 +703,7 @@ class Manager:
         except NoSourceForState as error:
             where = self.checkpoint or self.no_checkpoint
             raise NoSourceForState(f"{error} ({where})", error.keys) from None
-        self._check_headway(decision, max(report.furthest for report in reports))
+        self._check_headway(decision, reports)
         # Where the job is behind it, all have loaded.
         left = [load for load in loads if load["version"] >= decision.target]
         self.owed = left[0] if left else {}
@@ -690,10 +718,12 @@ class Manager:
         self._speakers = others
         return decision
 
-    def _check_headway(self, decision: Decision, furthest: int) -> None:
+    def _check_headway(self, decision: Decision, reports: Sequence[Report]) -> None:
         """Raise StateMismatch where the job comes back to the same place for ever."""
+        furthest = max(report.furthest for report in reports)
         before, self._place = self._place, (decision.target, furthest)
-        is_vain = self._place == before and not decision.newcomers
+        is_of_a_loss = decision.newcomers or any(r.has_lost_device for r in reports)
+        is_vain = self._place == before and not is_of_a_loss
         self._num_vain = self._num_vain + 1 if is_vain else 0
         if self._num_vain == _MAX_VAIN:
             raise StateMismatch(
@@ -713,6 +743,7 @@ class Manager:
             saved=self.saved,
             checkpoint=self.checkpoint,
             is_stopping=self._is_stopping,
+            has_lost_device=self._device is not None and self._device.is_empty,
             loading=self._loading,
             **self._protected().report(),
         )
@@ -742,9 +773,20 @@ class Manager:
                 protection.rebuild()
             finally:
                 self.mesh.hold_replay(False)
+            self._see_rebuilt()
         self._is_newcomer = False
         if self._device is not None:
             self._device.is_empty = False
+
+    def _see_rebuilt(self) -> None:
+        """Raise the failure that has cut a rebuild on devices short."""
+        if self._device is None:
+            return
+        self._device.wait()
+        failure = self.mesh.failure()
+        if failure is not None:
+            self._protected().is_clean = False
+            raise failure
 
     def end_setup(self) -> None:
         """The script's set-up is over: ``begin`` calls it, or who has no step left."""

@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from mnemosyne_plugin.errors import NoSourceForState
 from mnemosyne_plugin.recovery.commit import Decision, Report, buddies, wards
 from mnemosyne_plugin.recovery.control import ControlGroup
 from mnemosyne_plugin.state.manifest import TrainingState
@@ -204,9 +205,18 @@ class Protection:
     # --- recovery -----------------------------------------------------------------
 
     def lose_device(self) -> None:
-        """Take note that the contents of device memory are gone."""
+        """Take note that the contents of device memory are gone.
+
+        Raises NoSourceForState if they were the only copy.
+        """
         if self._snapshots is None:
             self.needs_replica = True
+        elif not self._snapshots.versions():
+            raise NoSourceForState(
+                f"rank {self._rank} lost its device before there was a copy of its "
+                "shard; start the job again",
+                (f"shard/{self._rank}",),
+            )
         else:
             self.is_clean = False
 

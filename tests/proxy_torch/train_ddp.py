@@ -9,43 +9,15 @@ log gets a line for each step and rank, and a hash of all that training has chan
 import argparse
 import hashlib
 import os
-import random
 
 import gpt
 import torch
 import torch.distributed as dist
+from killing import Killing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mnemosyne_plugin
-from mnemosyne_plugin import proxy
-
-
-class Killing:
-    """Has servers of this process die early."""
-
-    def __init__(self, seed: int, within: int, fault: str) -> None:
-        device = proxy.loaded()
-        assert device is not None
-        self._device, self._within = device, within
-        self._draw = random.Random(seed)
-        self._fault = fault
-        self._recover = device.recover
-        self._is_over = False
-        device.recover = self.recover  # type: ignore[method-assign]
-        device.kill()
-
-    def recover(self, timeout_s: float) -> None:
-        """Start a server that will die, unless it is over."""
-        at = self._draw.randrange(self._within)
-        fault = f"fault={self._fault},{at=},server={self._device.generation + 1}"
-        os.environ["MNEMOSYNE_EMULATED"] = "" if self._is_over else fault
-        self._recover(timeout_s)
-
-    def end(self) -> None:
-        """Let the next server live."""
-        self._is_over = True
-        self._device.kill()
 
 
 def main() -> None:

@@ -3,11 +3,14 @@
 import os
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from mnemosyne_plugin.events import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -42,6 +45,35 @@ def launch(
     variables = environment()
     del variables["LD_PRELOAD"]  # the launcher's business
     return _finish([*command, str(HERE / program), *args], variables)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job of two ranks has left."""
+
+    lines: set[str]
+    """Of the log, which each rank has written its own of."""
+    num_recoveries: Mapping[int, int]
+    ranks_that_hung: Sequence[int]
+    pids: set[int]
+    groups: set[tuple[int, tuple[int, ...]]]
+
+
+def train(program: str, folder: Path, *args: str) -> Job:
+    """Run a training program of this folder on two ranks to its good end."""
+    run_dir = folder / "run"
+    launcher = ["--nproc-per-node=2", "--device-timeout=2", f"--run-dir={run_dir}"]
+    launch(program, *args, f"--log={folder / 'log'}", launcher=launcher)
+    events = read_events(run_dir)
+    recovered = [e.fields["rank"] for e in events if e.name == "device_recovered"]
+    groups = [e.fields for e in events if e.name == "groups"]
+    return Job(
+        lines=set((folder / "log").read_text().splitlines()),
+        num_recoveries={rank: recovered.count(rank) for rank in set(recovered)},
+        ranks_that_hung=[e.fields["rank"] for e in events if e.name == "device_hangs"],
+        pids={e.fields["pid"] for e in events if e.name == "seated"},
+        groups={(each["rank"], tuple(each["ids"])) for each in groups},
+    )
 
 
 def run(

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,10 @@ def attach(engine: Any) -> None:
     from mnemosyne_plugin.adapters.deepspeed import hooks, pipe
     from mnemosyne_plugin.adapters.deepspeed.checkpoint import Checkpoints
     from mnemosyne_plugin.adapters.deepspeed.state import EngineState, make_repeatable
-    from mnemosyne_plugin.adapters.deepspeed.support import check_supported
+    from mnemosyne_plugin.adapters.deepspeed.support import (
+        check_supported,
+        refuse_with_device_proxy,
+    )
     from mnemosyne_plugin.adapters.deepspeed.zero import STAGES, ZeroState
     from mnemosyne_plugin.adapters.redundancy import Redundancy
     from mnemosyne_plugin.data import positions, resumable
@@ -87,6 +91,8 @@ def attach(engine: Any) -> None:
     is_pipeline = engine.pipeline_parallelism
     (pipe if is_pipeline else hooks).check_targets(engine)
     check_supported(engine)
+    if manager.has_device_proxy:
+        refuse_with_device_proxy(engine, manager)
     is_zero = type(engine.optimizer).__name__ in STAGES
     is_sharded = is_zero or is_pipeline or engine.has_moe_layers
     redundancy = Redundancy.of(config, is_sharded, manager.nodes)
@@ -96,6 +102,8 @@ def attach(engine: Any) -> None:
             print(redundancy.start_line(has_loader=False), flush=True)
         return
     state = ZeroState(engine) if is_zero else EngineState(engine)
+    if manager.has_device_proxy and isinstance(state, ZeroState):
+        state.keep_frozen()
     make_repeatable(state.optimizer)
     # A pipeline engine's is in a RepeatingLoader, which has wrapped it.
     if engine.training_dataloader is not None and not is_pipeline:
@@ -120,6 +128,8 @@ def attach(engine: Any) -> None:
             may_restart=may_restart,
         )
     engine_hooks.install()
+    if manager.has_device_proxy and is_to_speak:
+        print(f"mnemosyne: {manager.describe_device()}", file=sys.stderr, flush=True)
     checkpoints = Checkpoints(
         engine, state, engine_hooks, manager, config.checkpoint_dir
     )
@@ -140,5 +150,4 @@ def _manager() -> "Manager":
             "`mnemosyne run`: a launcher that kills all workers when one dies leaves "
             "nothing to recover; use `mnemosyne run`, or set mnemosyne.enabled to false"
         )
-    manager.refuse_device_proxy("DeepSpeed")
     return manager

@@ -7,6 +7,7 @@ import torch
 from mnemosyne_plugin.adapters.deepspeed.state import torch_optimizer
 from mnemosyne_plugin.adapters.deepspeed.zero import STAGES
 from mnemosyne_plugin.errors import ConfigError
+from mnemosyne_plugin.recovery.manager import Manager
 
 # Where DeepSpeed's optimizers keep their fp32 copies of parameters.
 _MASTERS = (
@@ -63,3 +64,17 @@ def check_supported(engine: Any) -> None:
             f"mnemosyne cannot protect the optimizer {type(engine.optimizer).__name__} "
             "yet; use one of torch.optim"
         )
+
+
+def refuse_with_device_proxy(engine: Any, manager: Manager) -> None:
+    """Raise ConfigError where this kind of engine cannot lose its device."""
+    offloads = engine.zero_offload_optimizer(), engine.zero_offload_param()
+    reasons = {
+        "a pipeline of DeepSpeed": engine.pipeline_parallelism,
+        "DeepSpeed's experts": engine.has_moe_layers,
+        "ZeRO 3": engine.zero_optimization_stage() > 2,
+        "ZeRO's offload": any(o is not None and o.device != "none" for o in offloads),
+    }
+    for what, is_given in reasons.items():
+        if is_given:
+            manager.refuse_device_proxy(what)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from mnemosyne_plugin.adapters.deepspeed.state import EngineScalars
+from mnemosyne_plugin.adapters.lost_device import Copies
 from mnemosyne_plugin.errors import ConfigError, StateMismatch
 from mnemosyne_plugin.state.manifest import Entry, torch_dtype
 from mnemosyne_plugin.state.torch_state import (
@@ -222,6 +223,7 @@ class ZeroState:
         self.engine_scalars = EngineScalars(engine, owners)
         optimized = {id(p) for p in _optimized(engine.optimizer)}
         self._frozen: Tensors = {}
+        self._frozen_copies: Copies | None = None
         self._frozen_shards: Tensors = {}
         for name, parameter in engine.module.named_parameters():
             if id(parameter) in optimized:
@@ -305,7 +307,13 @@ class ZeroState:
             if state:
                 self.optimizer.state[master].update(state)
 
+    def keep_frozen(self) -> None:
+        """Keep copies of what nothing changes: a device may be lost with it."""
+        self._frozen_copies = Copies(self._frozen)
+
     def rebuild(self) -> None:
+        if self._frozen_copies is not None:
+            self._frozen_copies.put_back()
         self.reset()
         with torch.no_grad():
             self.stage.rebuild()
@@ -315,6 +323,8 @@ class ZeroState:
     def loaded(self) -> None:
         """A checkpoint was loaded; torch's optimizer has other groups after that."""
         self._groups = self.optimizer.param_groups
+        if self._frozen_copies is not None:
+            self.keep_frozen()
 
     def reset(self) -> None:
         """Drop what an unwound step has left in the optimizer."""
