@@ -61,6 +61,23 @@ def adamw(parameter: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
     return parameter, state["exp_avg"], state["exp_avg_sq"]
 
 
+def adamw_over_lists(parameter: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    """Take two steps by operations over lists of tensors, which have no kernel each."""
+    parameters = [parameter.clone().requires_grad_(), gradient.clone().requires_grad_()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, foreach=True)
+    for _ in range(2):
+        for each in parameters:
+            each.grad = gradient.clone()
+        optimizer.step()
+    return (*parameters, *(optimizer.state[each]["exp_avg_sq"] for each in parameters))
+
+
+def put_by_indices(to: Tensor, values: Tensor) -> None:
+    """Put values at places that two tensors name."""
+    places = torch.arange(3, device=to.device)
+    to[places, places * 2] = values
+
+
 def clip(*gradients: Tensor) -> tuple[Tensor, ...]:
     """Clip gradients, by the kernels over lists of tensors."""
     parameters = [torch.zeros_like(g) for g in gradients]
@@ -167,6 +184,9 @@ def others(dtype: torch.dtype) -> Iterator[tuple[str, Operation, list[Tensor]]]:
     yield "cross_entropy", with_gradients(F.cross_entropy), [a.float(), tokens[:40]]
     yield "attention", with_gradients(attention), qkv
     yield "adamw", adamw, [a, b]
+    yield "adamw over lists", adamw_over_lists, [a, b]
+    yield "by indices", lambda x, n: x[n[:40], n[40:80]], [a, tokens % 40]
+    yield "to indices", in_place(put_by_indices), [a, b[0, :3]]
     yield "clip_grad_norm", clip, [a, b, weight]
 
 
@@ -174,6 +194,11 @@ def integers() -> Iterator[tuple[str, Operation, list[Tensor]]]:
     """Yield what indices and masks are made with."""
     a = torch.arange(70).reshape(7, 10)
     yield "arange", lambda x: torch.arange(3, 90, 2, device=x.device), [a]
+    floats = torch.float32
+    yield "arange floats", lambda x: torch.arange(9, device=x.device, dtype=floats), [a]
+    yield "pow by tensor", lambda x: x.float() ** (x > 9).float(), [a]
+    yield "max with places", lambda x: tuple((x * (x < 45)).float().max(1)), [a]
+    yield "min with places", lambda x: tuple((x * (x < 45)).float().min(0)), [a]
     yield "add integers", lambda x: x + x.t().reshape(7, 10), [a]
     yield "mul integers", lambda x: x * 3, [a]
     yield "sum integers", torch.sum, [a]
@@ -249,6 +274,18 @@ def dropout() -> float:
     return abs(float((y.cpu() > 0).float().mean()) - 0.75)
 
 
+def normal(dtype: torch.dtype) -> float:
+    """Compare mean, deviation and the tails with what they should be."""
+    torch.cuda.manual_seed(1)
+    x = torch.empty(10_000, device="cuda", dtype=dtype).normal_(2, 0.5).cpu().float()
+    torch.cuda.manual_seed(1)
+    again = torch.empty(10_000, device="cuda", dtype=dtype).normal_(2, 0.5)
+    if not torch.equal(again.cpu().float(), x):
+        return float("inf")
+    tails = float(((x - 2).abs() > 1).float().mean())
+    return max(abs(float(x.mean()) - 2), abs(float(x.std()) - 0.5), abs(tails - 0.0455))
+
+
 def main() -> int:
     """Run all of them."""
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -271,6 +308,8 @@ def main() -> int:
     for name, function, arguments in doubles():
         report(name, compare(function, arguments), 1e-13)
     report("dropout", dropout(), 0.02)
+    for dtype in (torch.float32, torch.bfloat16):
+        report(f"normal {dtype}", normal(dtype), 0.02)
     print("failed", failed)
     return 1 if failed else 0
 

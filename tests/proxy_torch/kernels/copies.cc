@@ -19,26 +19,25 @@ struct Cast {
   To operator()(From value) const { return convert<To>(value); }
 };
 
-// elementwise_kernel_with_index: of arange, whose lambda counts in this type.
-template <typename T, typename Count>
+// elementwise_kernel_with_index: of arange, which counts in this type.
+template <typename Count>
 struct Range {
   Count start, step;
   EndOfCaptures end;
 };
 template <typename T, typename Index, typename Count>
-void fillRange(const Launch&, Index count, const Range<T, Count>& range,
-               T* to) {
+void fillRange(const Launch&, Index count, const Range<Count>& range, T* to) {
   for (Index i = 0; i < count; ++i) {
     to[i] = convert<T>(range.start + range.step * static_cast<Count>(i));
   }
 }
 
+// dispatch: which of AT_DISPATCH's lambdas is the type's.
 template <typename T, typename Count>
-void addRange(RegisterKernel* add_to) {
+void addRange(RegisterKernel* add_to, const char* dispatch) {
   const auto add = [&](const std::string& index, auto* kernel) {
     add_to(("_ZN*29elementwise_kernel_with_indexI" + index +
-            "*15arange_cuda_out*EUl" + (sizeof(Count) == 8 ? "lE_" : "*E_") +
-            "*EEv*")
+            "*15arange_cuda_out*ENKUlvE" + dispatch + "_clEvEUllE_E*")
                .c_str(),
            kernel);
   };
@@ -161,7 +160,8 @@ void addCopies(RegisterKernel* add_to) {
   forFloating([&](auto number) { addFor<decltype(number)>(add_to); });
   addElementwise<Cast<Bfloat16, float>>(
       add_to, lambda<float>("25bfloat16_copy_kernel_cuda"));
-  addRange<int64_t, int64_t>(add_to);
+  addRange<int64_t, int64_t>(add_to, "2");
+  addRange<float, float>(add_to, "5");
   addConcatenations<uint16_t>(add_to);
   addConcatenations<uint32_t>(add_to);
   addConcatenations<uint64_t>(add_to);

@@ -113,10 +113,18 @@ void inOrder(const Launch&, int count, const Functor& functor,
   computeInOrder(count, functor, data, typename Traits<Functor>::Indices());
 }
 
-// Empty, and a byte long: TrivialOffsetCalculator, for inputs and output.
+// Empty, and a byte long: TrivialOffsetCalculator, for inputs and output, and
+// what loads and stores without a cast.
 struct InOrder {
   char nothing;
 };
+template <typename Functor>
+void inOrderUnrolled(const Launch& launch, int count, const Functor& functor,
+                     const Pointers<Functor>& data, InOrder, InOrder, InOrder,
+                     InOrder) {
+  inOrder(launch, count, functor, data);
+}
+
 template <size_t num_tensors>
 struct WithCasts {
   std::array<int8_t, num_tensors> types;
@@ -199,7 +207,7 @@ void addElementwise(RegisterKernel* add_to, const std::string& functor) {
       onHost<inOrder<Functor>>);
   add(space + "27unrolled_elementwise_kernelI" + functor +
           "St5arrayI*LoadWithoutCast*StoreWithoutCast*",
-      onHost<inOrder<Functor>>);
+      onHost<inOrderUnrolled<Functor>>);
   add(space + "27unrolled_elementwise_kernelI" + functor +
           "St5arrayI*LoadWithCast*StoreWithCast*",
       onHost<inOrderWithCasts<Functor>>);

@@ -27,6 +27,16 @@ struct Lists {
   int chunk_of[kMaxBlocks];
   int first_tensor;
 };
+// TensorListScalarListMetadata, of floats
+template <int depth>
+struct ListsAndScalars {
+  static constexpr int max_tensors = depth == 1 ? 672 : kMaxTensors[depth - 1];
+  char* addresses[depth][max_tensors];
+  int64_t counts[max_tensors];
+  float scalars[max_tensors];
+  uint16_t tensor_of[kMaxBlocks];
+  int chunk_of[kMaxBlocks];
+};
 // FusedOptimizerTensorListMetadata
 template <int depth>
 struct OptimizerLists {
@@ -86,6 +96,91 @@ void withList(const Launch& launch, const Lists<depth>& lists, Nothing,
         }
       });
 }
+
+// The elements of one tensor in a list.
+template <typename T, typename Metadata>
+T* listed(const Metadata& lists, int list, int tensor) {
+  return reinterpret_cast<T*>(lists.addresses[list][tensor]);
+}
+
+template <typename T, int depth, typename Operation>
+void withScalars(const Launch& launch, const ListsAndScalars<depth>& lists,
+                 Nothing, Operation operation) {
+  forEachChunk(
+      launch, lists, [&](uint32_t, int tensor, int64_t begin, int64_t end) {
+        const T* in = listed<T>(lists, 0, tensor);
+        T* out = listed<T>(lists, depth - 1, tensor);
+        for (int64_t i = begin; i < end; ++i) {
+          out[i] = convert<T>(operation(Wide<T>(in[i]), lists.scalars[tensor]));
+        }
+      });
+}
+
+template <typename T, int depth, typename Operation>
+void unary(const Launch& launch, const Lists<depth>& lists, Nothing,
+           Operation operation) {
+  forEachChunk(launch, lists,
+               [&](uint32_t, int tensor, int64_t begin, int64_t end) {
+                 const T* in = listed<T>(lists, 0, tensor);
+                 T* out = listed<T>(lists, depth - 1, tensor);
+                 for (int64_t i = begin; i < end; ++i) {
+                   out[i] = convert<T>(operation(Wide<T>(in[i])));
+                 }
+               });
+}
+
+// The sum of the first list and of the scalar times what is made of the others.
+template <typename T, typename Metadata, typename Operation, typename Scalar>
+void addPointwise(const Launch& launch, const Metadata& lists, int to,
+                  Operation operation, Scalar&& scalar) {
+  forEachChunk(
+      launch, lists, [&](uint32_t, int tensor, int64_t begin, int64_t end) {
+        const T* self = listed<T>(lists, 0, tensor);
+        const T* a = listed<T>(lists, 1, tensor);
+        const T* b = listed<T>(lists, 2, tensor);
+        T* out = listed<T>(lists, to, tensor);
+        for (int64_t i = begin; i < end; ++i) {
+          out[i] = convert<T>(Wide<T>(self[i]) +
+                              scalar(tensor) *
+                                  operation(Wide<T>(a[i]), Wide<T>(b[i])));
+        }
+      });
+}
+template <typename T, int depth, typename Operation>
+void pointwise(const Launch& launch, const Lists<depth>& lists, Nothing,
+               Operation operation, Wide<T> scalar) {
+  addPointwise<T>(launch, lists, depth == 3 ? 0 : 3, operation,
+                  [&](int) { return scalar; });
+}
+template <typename T, int depth, typename Operation>
+void pointwiseWithScalars(const Launch& launch,
+                          const ListsAndScalars<depth>& lists, Nothing,
+                          Operation operation) {
+  addPointwise<T>(launch, lists, depth == 3 ? 0 : 3, operation,
+                  [&](int tensor) { return lists.scalars[tensor]; });
+}
+
+template <typename T, int depth>
+void lerp(const Launch& launch, const Lists<depth>& lists, Nothing, Nothing,
+          Wide<T> weight) {
+  forEachChunk(launch, lists,
+               [&](uint32_t, int tensor, int64_t begin, int64_t end) {
+                 const T* from = listed<T>(lists, 0, tensor);
+                 const T* to = listed<T>(lists, 1, tensor);
+                 T* out = listed<T>(lists, depth == 2 ? 0 : 2, tensor);
+                 for (int64_t i = begin; i < end; ++i) {
+                   const Wide<T> a = from[i], b = to[i];
+                   out[i] = convert<T>(std::abs(weight) < Wide<T>(0.5)
+                                           ? a + weight * (b - a)
+                                           : b - (b - a) * (1 - weight));
+                 }
+               });
+}
+
+struct SquareRoot {
+  char nothing;
+  float operator()(float value) const { return std::sqrt(value); }
+};
 
 // LpNormFunctor for the norm of order two: the squares of each chunk.
 template <typename T>
@@ -186,11 +281,31 @@ void addFor(RegisterKernel* add_to) {
         onHost<withList<T, 2, Operation>>);
     add("24BinaryOpListAlphaFunctorI" + type + "Li3E*" + name + "*",
         onHost<withList<T, 3, Operation>>);
+    add("25BinaryOpScalarListFunctorI" + type + "Li1E*" + name + "*",
+        onHost<withScalars<T, 1, Operation>>);
+    add("25BinaryOpScalarListFunctorI" + type + "Li2E*" + name + "*",
+        onHost<withScalars<T, 2, Operation>>);
+    add("24PointwiseOpScalarFunctorI" + type + "Li3E*" + name + "*",
+        onHost<pointwise<T, 3, Operation>>);
+    add("24PointwiseOpScalarFunctorI" + type + "Li4E*" + name + "*",
+        onHost<pointwise<T, 4, Operation>>);
+    add("28PointwiseOpScalarListFunctorI" + type + "Li3E*" + name + "*",
+        onHost<pointwiseWithScalars<T, 3, Operation>>);
+    add("28PointwiseOpScalarListFunctorI" + type + "Li4E*" + name + "*",
+        onHost<pointwiseWithScalars<T, 4, Operation>>);
   };
   addOperation(std::plus<Wide<T>>(), "St4plus");
   addOperation(std::minus<Wide<T>>(), "St5minus");
   addOperation(std::multiplies<Wide<T>>(), "St10multiplies");
   addOperation(std::divides<Wide<T>>(), "St7divides");
+  add("14UnaryOpFunctorI" + type + "Li1E*4SqrtI*",
+      onHost<unary<T, 1, SquareRoot>>);
+  add("14UnaryOpFunctorI" + type + "Li2E*4SqrtI*",
+      onHost<unary<T, 2, SquareRoot>>);
+  add("22TernaryOpScalarFunctorI" + type + "Li2E*11LerpFunctor*",
+      onHost<lerp<T, 2>>);
+  add("22TernaryOpScalarFunctorI" + type + "Li3E*11LerpFunctor*",
+      onHost<lerp<T, 3>>);
   add("13LpNormFunctorI" + type + "LNS0_8NormTypeE2E*", onHost<sumSquares<T>>);
   add("14lpnorm_cleanupI" + type + "LNS0_8NormTypeE2E*Lb1E*",
       onHost<finishNorms<T>>);

@@ -29,6 +29,48 @@ void gather(const Launch& launch, char* to, const char* from,
   }
 }
 
+// The captures of gpu_index_kernel's lambda, in the order of their first use.
+struct ByIndices {
+  Offsets<3> offsets;
+  char* to;
+  const char* from;
+  size_t num_indices;
+  const char* indices[kMaxDims];
+  int64_t sizes[kMaxDims], strides[kMaxDims];
+  char copy;
+};
+
+// index: what lies at the indices; index_put: to there.
+template <typename T, bool is_put>
+void byIndices(const Launch& launch, int64_t count, const ByIndices& by) {
+  by.offsets.forEach(count, [&](const auto& offsets) {
+    int64_t place = 0;
+    for (size_t i = 0; i < by.num_indices; ++i) {
+      int64_t index = 0;
+      std::memcpy(&index, by.indices[i] + offsets[2], sizeof index);
+      if (index < 0) index += by.sizes[i];
+      if (index < 0 || index >= by.sizes[i]) {
+        return launch.fail(proxy::kCudaAssert);
+      }
+      place += index * by.strides[i];
+    }
+    std::memcpy(by.to + offsets[0] + (is_put ? place : 0),
+                by.from + offsets[1] + (is_put ? 0 : place), sizeof(T));
+  });
+}
+
+template <typename T>
+void addByIndices(RegisterKernel* add_to) {
+  const auto add = [&](const std::string& in, auto* kernel) {
+    add_to(("_ZN2at6native24index_elementwise_kernel*" + in +
+            "INS0_10OpaqueTypeILi" + std::to_string(sizeof(T)) + "EEE*")
+               .c_str(),
+           kernel);
+  };
+  add("17index_kernel_impl", onHost<byIndices<T, false>>);
+  add("21index_put_kernel_impl", onHost<byIndices<T, true>>);
+}
+
 // Adds to gradients that begin with zeros.
 template <typename T>
 void embeddingBackward(const Launch&, const int64_t* indices,
@@ -80,6 +122,10 @@ void addTriangles(RegisterKernel* add_to) {
 
 void addIndexing(RegisterKernel* add_to) {
   add_to("_ZN2at6native24vectorized_gather_kernelILi*ElE*", onHost<gather>);
+  addByIndices<uint8_t>(add_to);
+  addByIndices<uint16_t>(add_to);
+  addByIndices<uint32_t>(add_to);
+  addByIndices<uint64_t>(add_to);
   addTriangles<bool>(add_to);
   forFloating([&](auto number) {
     using T = decltype(number);

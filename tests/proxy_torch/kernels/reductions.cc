@@ -77,6 +77,23 @@ struct Any {
   bool project(bool any) const { return any; }
 };
 
+// The value and its index: the first of equal ones, and the first NaN.
+struct Place {
+  float value;
+  int64_t index;
+};
+template <bool is_max>
+struct PlaceOfExtreme {  // MaxOps, MinOps
+  char nothing;
+  static Place first() { return {}; }
+  Place reduce(const Place& most, float value, int64_t index) const {
+    const bool is_number = most.value == most.value;
+    const bool is_better = is_max ? value > most.value : value < most.value;
+    return is_number && (value != value || is_better) ? Place{value, index}
+                                                      : most;
+  }
+};
+
 struct Config {  // ReduceConfig
   int element_bytes, num_inputs, num_outputs, step_input, step_output;
   int ctas_per_output, input_mult[3], output_mult[2];
@@ -121,6 +138,27 @@ void reduce(const Launch& launch, const Reduction<Operation>& by) {
   });
 }
 
+template <typename In, typename Operation>
+void reduceToPlaces(const Launch& launch, const Reduction<Operation>& by) {
+  if (by.accumulates || !by.is_final || by.base_index != 0) {
+    return launch.fail(proxy::kCudaNotSupported);
+  }
+  by.outputs.forEach(by.config.num_outputs, [&](const auto& output) {
+    auto most = by.identity;
+    int64_t index = 0;
+    by.inputs.forEach(by.config.num_inputs, [&](const auto& input) {
+      const auto* in =
+          reinterpret_cast<const In*>(by.from + output[1] + input[0]);
+      most = by.operation.reduce(most, *in, index++);
+    });
+    const uint32_t place = output[0] / sizeof(In);
+    reinterpret_cast<In*>(by.to[0])[place] = convert<In>(most.value);
+    if (by.num_outputs > 1) {
+      reinterpret_cast<int64_t*>(by.to[1])[place] = most.index;
+    }
+  });
+}
+
 template <typename In, typename Out, typename Operation>
 void add(RegisterKernel* add_to, const std::string& operation) {
   // A half is named once, and then by what stands for it.
@@ -152,6 +190,12 @@ void addReductions(RegisterKernel* add_to) {
     add<T, T, Extreme<T, true>>(add_to, "MaxNanFunctor");
     add<T, T, Extreme<T, false>>(add_to, "MinNanFunctor");
   });
+  const std::string reduction =
+      "_ZN2at6native13reduce_kernelILi*ENS0_8ReduceOpIf";
+  add_to((reduction + "NS0_6MaxOpsIfEEjf*").c_str(),
+         onHost<reduceToPlaces<float, PlaceOfExtreme<true>>>);
+  add_to((reduction + "NS0_6MinOpsIfEEjf*").c_str(),
+         onHost<reduceToPlaces<float, PlaceOfExtreme<false>>>);
   add<int64_t, int64_t, SumOfIntegers>(add_to, "11sum_functor");
   add<bool, bool, All>(add_to, "15and_kernel_cuda");
   add<bool, bool, Any>(add_to, "14or_kernel_cuda");

@@ -82,6 +82,14 @@ struct Power {  // the general case of pow_tensor_scalar_kernel_impl
   }
 };
 template <typename T>
+struct PowerByTensor {
+  EndOfCaptures end;
+  T operator()(T base, T exponent) const {
+    return convert<T>(
+        std::pow(static_cast<float>(base), static_cast<float>(exponent)));
+  }
+};
+template <typename T>
 struct Threshold {
   Wide<T> threshold, value;
   EndOfCaptures end;
@@ -134,6 +142,8 @@ void addFor(RegisterKernel* add_to) {
       "26GeluBackwardCUDAKernelImpl*GeluTypeEENKUlvE_cl");
   backward.template operator()<geluBackward>(
       "26GeluBackwardCUDAKernelImpl*GeluTypeEENKUlvE0_cl");
+  addElementwise<PowerByTensor<T>>(add_to,
+                                   lambda<T, T>("24pow_tensor_tensor_kernel"));
   addElementwise<Threshold<T>>(add_to, lambda<T, T>("21threshold_kernel_impl"));
 }
 
