@@ -56,25 +56,27 @@ void markLostComm() { names_lost_comm = true; }
 int postForward(const CommandWriter& command, Library library) {
   auto& connection = Connection::instance();
   const auto needs = std::exchange(needed, {});
+  int error = 0;
   if (std::exchange(names_lost_comm, false)) {
-    return connection.isUsable() ? int{kNcclInvalidUsage}
-                                 : translate(connection.error(), library);
+    error = connection.isUsable() ? int{kNcclInvalidUsage}
+                                  : translate(connection.error(), library);
   }
   // Streams first: a group of NCCL is sent in one piece, and defines nothing.
-  int error = 0;
   if (library == Library::kNccl && group_depth > 0) {
-    const auto payload = command.payload();
-    group.push_back({command.opcode(), {payload.begin(), payload.end()}});
     for (Stream* stream : needs) {
       if (error == 0) error = connection.define(stream);
     }
-    return translate(error, library);
+    const auto payload = command.payload();
+    if (error == 0) {
+      group.push_back({command.opcode(), {payload.begin(), payload.end()}});
+    }
+    // Other calls tell of a loss: torch does not end a group in which one
+    // fails.
+    return 0;
   }
-  if (needs.empty()) {
-    error = connection.post(command);
-  } else {
-    error = connection.post(command, {needs.front()});
-  }
+  if (error != 0) return error;
+  error = needs.empty() ? connection.post(command)
+                        : connection.post(command, {needs.front()});
   return translate(error, library);
 }
 
@@ -83,25 +85,24 @@ int startGroup() {
   return 0;
 }
 
+// Nor does this: torch also ends groups while it unwinds, where one more error
+// would end the process.
 int endGroup() {
   if (group_depth == 0) return kNcclInvalidUsage;
   if (--group_depth > 0) return 0;
   const auto commands = std::exchange(group, {});
-  if (commands.empty()) return 0;
   auto& connection = Connection::instance();
-  int error = connection.isUsable() ? 0 : connection.error();
-  if (error == 0) {
-    std::lock_guard<std::mutex> lock(connection.mutex());
-    error = connection.put(CommandWriter(kNcclGroupStart));
-    for (const auto& command : commands) {
-      if (error != 0) break;
-      CommandWriter again(command.opcode);
-      again.putAll(command.payload);
-      error = connection.put(again);
-    }
-    if (error == 0) error = connection.put(CommandWriter(kNcclGroupEnd));
+  if (commands.empty() || !connection.isUsable()) return 0;
+  std::lock_guard<std::mutex> lock(connection.mutex());
+  int error = connection.put(CommandWriter(kNcclGroupStart));
+  for (const auto& command : commands) {
+    if (error != 0) break;
+    CommandWriter again(command.opcode);
+    again.putAll(command.payload);
+    error = connection.put(again);
   }
-  return translate(error, Library::kNccl);
+  if (error == 0) connection.put(CommandWriter(kNcclGroupEnd));
+  return 0;
 }
 
 }  // namespace mnemosyne::proxy
