@@ -251,8 +251,8 @@ class Manager:
         if self._device is not None:
             raise ConfigError(
                 f"this version cannot protect {trainer} under --device-proxy, only "
-                "plain DDP with mnemosyne_plugin.attach and DeepSpeed with ZeRO 0 to "
-                "2; leave the option out"
+                "plain DDP with mnemosyne_plugin.attach, DeepSpeed with ZeRO 0 to 2, "
+                "and megatron.core in fp32 or bf16; leave the option out"
             )
 
     def wait_for_device(self) -> None:
@@ -537,6 +537,20 @@ class Manager:
                 rank=self.rank,
                 step=self.version - 1,
             )
+        return Outcome.COMMIT
+
+    def meet(self) -> Outcome:
+        """Behind ``end``, with a device proxy: wait until all have ended the step.
+
+        COMMIT: no device that is lost from here on takes the step back, so all do once
+        what the script does next, on NCCL's groups too. REDO: ``recover``; the step
+        may have to be made again.
+        """
+        if self._device is not None:
+            try:
+                self._agree(self.version, is_asked=False)
+            except RecoverableError:
+                return Outcome.REDO
         return Outcome.COMMIT
 
     def finish(self) -> None:

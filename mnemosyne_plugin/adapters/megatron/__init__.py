@@ -10,6 +10,7 @@ lost in it, it is run again on repaired groups, with the same micro-batches.
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,6 @@ def current_manager(why_not: str) -> "Manager":
     manager = recovery.current()
     if manager is None:
         raise ConfigError(why_not)
-    manager.refuse_device_proxy("Megatron")
     return manager
 
 
@@ -121,7 +121,7 @@ def protect(
 
     has_loader: the trainer's own loader is at its place by itself.
     """
-    from mnemosyne_plugin.adapters.megatron import nvidia, phases
+    from mnemosyne_plugin.adapters.megatron import devices, nvidia, phases
     from mnemosyne_plugin.adapters.redundancy import Redundancy
     from mnemosyne_plugin.adapters.whole_step import WholeStep
     from mnemosyne_plugin.data import positions
@@ -135,7 +135,12 @@ def protect(
             redundancy.start_line(has_loader=has_loader or bool(positions())),
             flush=True,
         )
+        if manager.has_device_proxy:
+            print(
+                f"mnemosyne: {manager.describe_device()}", file=sys.stderr, flush=True
+            )
     phases.install(manager, state)
+    devices.prepare(manager, state)
     whole = WholeStep(manager, state)
     for part in state.optimizers:
         part.optimizer.register_step_pre_hook(whole.commit)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from mnemosyne_plugin.adapters.megatron import experts, nvidia
+from mnemosyne_plugin.adapters.megatron.constants import Constants
 from mnemosyne_plugin.errors import ConfigError, StateMismatch
 from mnemosyne_plugin.state.manifest import Entry
 from mnemosyne_plugin.state.rng import add_rng
@@ -70,6 +71,7 @@ class MegatronState:
         self.scheduler = scheduler
         self._counters = counters
         self._marked: dict[str, Any] | None = None
+        self._constants: Constants | None = None
         _check_supported(self.chunks, self.optimizers)
         self._groups = [
             group for chunk in self.chunks for group in bucket_groups(chunk)
@@ -89,6 +91,11 @@ class MegatronState:
         )
         if self._has_experts:
             experts.keep(self._model)
+
+    def keep_constants(self) -> None:
+        """From now on keep what a lost device would take and a newcomer would make."""
+        owners = [*_chain(self.optimizer), *self._scalers]
+        self._constants = Constants(self._model, owners)
 
     # --- Shard --------------------------------------------------------------------
 
@@ -139,6 +146,8 @@ class MegatronState:
         self._set(scalars)
 
     def rebuild(self) -> None:
+        if self._constants is not None:
+            self._constants.put_back()
         self.undo()
         with torch.no_grad():
             for part in self.optimizers:
@@ -156,6 +165,8 @@ class MegatronState:
 
     def end(self) -> None:
         self._marked = None
+        if self._constants is not None:
+            self._constants.keep()
 
     def undo(self) -> None:
         """Drop gradients and collectives of an unwound step, and what it counted."""

@@ -49,6 +49,7 @@ def hook(module: Any) -> None:
         if config is None:
             return set_up(*args, **kwargs)
         manager = current_manager("--mnemosyne needs `mnemosyne run`")
+        manager.refuse_device_proxy("Megatron-LM's pretrain")
 
         def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
             if manager.is_setting_up_alone:
