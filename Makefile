@@ -103,7 +103,7 @@ $(CUDA_VENV)/installed: Makefile requirements-dev.txt
 	$(CUDA_VENV)/bin/python -m pip install --quiet $(subst ==,===,$(TORCH)) wheel \
 	    $(shell grep -E '^(numpy|ninja|setuptools)==' requirements-dev.txt)
 	$(CUDA_VENV)/bin/python -m pip install --quiet --no-build-isolation \
-	    $(shell grep '^deepspeed==' requirements-dev.txt)
+	    $(shell grep -E '^(deepspeed|megatron-core)==' requirements-dev.txt)
 	touch $@
 
 $(UNPACKED): $(INSTALLED)

@@ -59,10 +59,11 @@ class Job:
     groups: set[tuple[int, tuple[int, ...]]]
 
 
-def train(program: str, folder: Path, *args: str) -> Job:
+def train(program: str, folder: Path, *args: str, device_timeout_s: int = 2) -> Job:
     """Run a training program of this folder on two ranks to its good end."""
     run_dir = folder / "run"
-    launcher = ["--nproc-per-node=2", "--device-timeout=2", f"--run-dir={run_dir}"]
+    timeout = f"--device-timeout={device_timeout_s}"
+    launcher = ["--nproc-per-node=2", timeout, f"--run-dir={run_dir}"]
     launch(program, *args, f"--log={folder / 'log'}", launcher=launcher)
     events = read_events(run_dir)
     recovered = [e.fields["rank"] for e in events if e.name == "device_recovered"]
@@ -80,11 +81,10 @@ def run(
     program: str, *args: str, on_proxy: bool = True, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of this folder to its end, which must be a good one."""
+    alone = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     return _finish(
         [PYTHON, str(HERE / program), *args],
-        environment(**variables)
-        if on_proxy
-        else os.environ | {"PYTHONPATH": str(ROOT)},
+        environment(**variables) if on_proxy else alone,
     )
 
 
@@ -99,7 +99,7 @@ def _finish(
 
 
 def run_ranks(
-    world_size: int, program: str, *args: str
+    world_size: int, program: str, *args: str, on_proxy: bool = True
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run one for each rank, which meet on this machine."""
     with socket.socket() as listener:
@@ -114,7 +114,9 @@ def run_ranks(
     with ThreadPoolExecutor() as pool:
         return list(
             pool.map(
-                lambda rank: run(program, *args, RANK=str(rank), **meeting),
+                lambda rank: run(
+                    program, *args, on_proxy=on_proxy, RANK=str(rank), **meeting
+                ),
                 range(world_size),
             )
         )

@@ -138,8 +138,8 @@ void addFor(RegisterKernel* add_to) {
 void addArithmetic(RegisterKernel* add_to) {
   addFor<int32_t>(add_to);
   addFor<int64_t>(add_to);
-  for (const char* name : {"10MulFunctor", "17BitwiseAndFunctor",
-                           "23logical_and_kernel_cuda"}) {
+  for (const char* name :
+       {"10MulFunctor", "17BitwiseAndFunctor", "23logical_and_kernel_cuda"}) {
     addBinary<bool, And>(add_to, name);
   }
   for (const char* name : {"16BitwiseOrFunctor", "22logical_or_kernel_cuda"}) {
