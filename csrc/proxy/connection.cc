@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -79,25 +78,6 @@ std::vector<std::string> serverEnvironment(uint64_t generation) {
                       std::to_string(generation));
   return variables;
 }
-
-int64_t nowNs() {
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
-  return std::chrono::nanoseconds(now).count();
-}
-
-// Notes when a wait began, until it is over.
-class Waiting {
- public:
-  explicit Waiting(std::atomic<int64_t>& since) : since_(since) {
-    since_.store(nowNs(), std::memory_order_relaxed);
-  }
-  ~Waiting() { since_.store(0, std::memory_order_relaxed); }
-  Waiting(const Waiting&) = delete;
-  Waiting& operator=(const Waiting&) = delete;
-
- private:
-  std::atomic<int64_t>& since_;
-};
 
 // Whether a program's own progress, and nothing else, leads to this command.
 bool isOfTheProgram(uint16_t opcode) {
@@ -261,7 +241,7 @@ int Connection::launch(int timeout_ms) {
   segment_->ring.writer_sleeps = 0;
   segment_->ring.closed = 0;
   ring_ = std::make_unique<RingWriter>(&segment_->ring, segment_->ring_data,
-                                       kRingBytes);
+                                       kRingBytes, &waits_[kNumReplies]);
   const uint64_t generation = generation_ + 1;
 
   const std::string path = serverPath();
@@ -383,17 +363,24 @@ void Connection::need(Handle* handle) {
   handle->define(*this);
 }
 
+void Connection::trace(const CommandWriter& command) {
+  if (!isOfTheProgram(command.opcode())) return;
+  constexpr uint64_t kPrime = 0x100000001b3;  // of FNV-1a
+  const uint64_t what =
+      command.opcode() + (uint64_t{command.payload().size()} << 16);
+  trace_ = (trace_ ^ what) * kPrime + 1;
+}
+
+uint64_t Connection::takeTrace() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  is_traced_ = true;
+  return std::exchange(trace_, 0);
+}
+
 int Connection::submit(const CommandWriter& command, uint16_t reply) {
-  num_commands_.fetch_add(1, std::memory_order_relaxed);
-  num_bytes_.fetch_add(command.payload().size(), std::memory_order_relaxed);
-  if (isOfTheProgram(command.opcode())) {
-    constexpr uint64_t kPrime = 0x100000001b3;  // of FNV-1a
-    const uint64_t what =
-        command.opcode() + (uint64_t{command.payload().size()} << 16);
-    const uint64_t before = trace_.load(std::memory_order_relaxed);
-    trace_.store((before ^ what) * kPrime + 1, std::memory_order_relaxed);
-  }
-  const Waiting waiting(waits_[kNumReplies]);
+  num_commands_.add(1);
+  num_bytes_.add(command.payload().size());
+  if (is_traced_.load(std::memory_order_relaxed)) trace(command);
   if (!ring_->put(command.opcode(), reply, command.payload()) || is_lost_) {
     return lossError();
   }
@@ -468,7 +455,7 @@ int Connection::await(uint16_t slot, Answer* answer) {
 }
 
 int Connection::callLocked(const CommandWriter& command, Answer* answer) {
-  num_calls_.fetch_add(1, std::memory_order_relaxed);
+  num_calls_.add(1);
   const uint16_t slot = takeSlot();
   if (const int error = submit(command, slot); error != 0) {
     giveSlot(slot);
@@ -486,7 +473,7 @@ int Connection::call(const CommandWriter& command, Answer* answer,
     std::lock_guard<std::mutex> lock(mutex_);
     if (const int error = prepare(command.opcode(), needs); error != 0)
       return error;
-    num_calls_.fetch_add(1, std::memory_order_relaxed);
+    num_calls_.add(1);
     slot = takeSlot();
     if (const int error = submit(command, slot); error != 0) {
       giveSlot(slot);

@@ -26,6 +26,7 @@
 #include "proxy/command.h"
 #include "proxy/cuda_abi.h"
 #include "proxy/protocol.h"
+#include "proxy/waiting.h"
 
 namespace mnemosyne::proxy {
 
@@ -64,6 +65,19 @@ struct Answer {
   void* data = nullptr;
   size_t size_bytes = 0;
   size_t got_bytes = 0;
+};
+
+// One thread at a time adds to it, any may look.
+class Count {
+ public:
+  void add(uint64_t more) {
+    value_.store(value_.load(std::memory_order_relaxed) + more,
+                 std::memory_order_relaxed);
+  }
+  uint64_t get() const { return value_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<uint64_t> value_{0};
 };
 
 class Connection {
@@ -130,13 +144,13 @@ class Connection {
   int numDevices() const { return num_devices_; }
   int driverVersion() const { return driver_version_; }
   SegmentHead* segment() const { return segment_; }
-  uint64_t numCommands() const { return num_commands_.load(); }
-  uint64_t numCalls() const { return num_calls_.load(); }
-  uint64_t numBytes() const { return num_bytes_.load(); }
+  uint64_t numCommands() const { return num_commands_.get(); }
+  uint64_t numCalls() const { return num_calls_.get(); }
+  uint64_t numBytes() const { return num_bytes_.get(); }
   // A number that tells one sequence of commands (what, and how long) from
-  // another, since it was last asked for. What servers are told to know things
-  // and what only looks are not in it.
-  uint64_t takeTrace() { return trace_.exchange(0); }
+  // another, since it was last asked for, which begins it. What servers are
+  // told to know things and what only looks are not in it.
+  uint64_t takeTrace();
 
   // Which addresses are in use; both lock themselves.
   AddressSpace device_space{kDeviceBase, kDeviceBase + kDeviceBytes,
@@ -166,6 +180,7 @@ class Connection {
   std::shared_ptr<Server> currentServer();
   void watch(std::shared_ptr<Server> server);
   int submit(const CommandWriter& command, uint16_t reply);
+  void trace(const CommandWriter& command);
   int await(uint16_t slot, Answer* answer);
   int takeLateError();
   uint16_t takeSlot();
@@ -187,13 +202,13 @@ class Connection {
   std::atomic<bool> is_lost_{false};  // the server of this generation has ended
   std::atomic<int> error_{0};
   std::atomic<int> lost_fd_{-1};
-  // When each wait in progress began, in ns of the steady clock; 0: none. The
-  // last is that for room in the ring.
-  std::array<std::atomic<int64_t>, kNumReplies + 1> waits_{};
+  // One for each reply, and the last for room in the ring.
+  std::array<WaitClock, kNumReplies + 1> waits_{};
   std::atomic<pid_t> pid_{0};
   std::atomic<uint64_t> generation_{0};
-  std::atomic<uint64_t> num_commands_{0}, num_calls_{0}, num_bytes_{0};
-  std::atomic<uint64_t> trace_{0};
+  Count num_commands_, num_calls_, num_bytes_;  // with mutex_ held
+  std::atomic<bool> is_traced_{false};
+  uint64_t trace_ = 0;  // with mutex_ held
 
   std::mutex slots_mutex_;
   std::condition_variable slot_freed_;

@@ -63,26 +63,30 @@ void RingControl::close() {
   }
 }
 
-RingWriter::RingWriter(RingControl* control, std::byte* data, size_t size_bytes)
-    : control_(control), data_(data), size_bytes_(size_bytes) {}
+RingWriter::RingWriter(RingControl* control, std::byte* data, size_t size_bytes,
+                       WaitClock* since)
+    : control_(control), data_(data), size_bytes_(size_bytes), since_(since) {}
 
-bool RingWriter::waitForRoom(uint64_t end) {
-  for (int spins = 0; end - seen_read_ > size_bytes_; ++spins) {
-    seen_read_ = control_->read.load(std::memory_order_acquire);
-    if (end - seen_read_ <= size_bytes_) break;
-    if (control_->closed.load() != 0) return false;
+bool RingWriter::hasRoom(uint64_t end) {
+  if (end - seen_read_ <= size_bytes_) return true;
+  seen_read_ = control_->read.load();
+  return end - seen_read_ <= size_bytes_;
+}
+
+// Until there is room, or the ring is closed.
+void RingWriter::waitForRoom(uint64_t end) {
+  const Waiting waiting(*since_);
+  for (int spins = 0; !hasRoom(end) && control_->closed.load() == 0; ++spins) {
     if (spins < numSpins()) {
       pauseSpin();
       continue;
     }
     control_->writer_sleeps.store(1);
-    seen_read_ = control_->read.load();
-    if (end - seen_read_ > size_bytes_ && control_->closed.load() == 0) {
+    if (!hasRoom(end) && control_->closed.load() == 0) {
       futexWait(&control_->writer_sleeps, 1);
     }
     control_->writer_sleeps.store(0);
   }
-  return control_->closed.load(std::memory_order_relaxed) == 0;
 }
 
 bool RingWriter::put(uint16_t opcode, uint16_t reply,
@@ -97,7 +101,9 @@ bool RingWriter::put(uint16_t opcode, uint16_t reply,
   const size_t until_end = size_bytes_ - begin % size_bytes_;
   const bool wraps = header.size_bytes > until_end;
   if (wraps) begin += until_end;
-  if (!waitForRoom(begin + header.size_bytes)) return false;
+  const uint64_t end = begin + header.size_bytes;
+  if (!hasRoom(end)) waitForRoom(end);
+  if (control_->closed.load(std::memory_order_relaxed) != 0) return false;
   if (wraps) {
     const uint32_t to_start = 0;
     std::memcpy(data_ + written_ % size_bytes_, &to_start, sizeof to_start);
@@ -107,7 +113,7 @@ bool RingWriter::put(uint16_t opcode, uint16_t reply,
   if (!payload.empty()) {
     std::memcpy(at + sizeof header, payload.data(), payload.size());
   }
-  written_ = begin + header.size_bytes;
+  written_ = end;
   ++next_index_;
   control_->written.store(written_);  // in front of the look at reader_sleeps
   wake(&control_->reader_sleeps);

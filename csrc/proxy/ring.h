@@ -13,6 +13,8 @@
 #include <optional>
 #include <span>
 
+#include "proxy/waiting.h"
+
 namespace mnemosyne::proxy {
 
 // What both sides share, besides the bytes. Zeros are an empty ring.
@@ -38,7 +40,9 @@ constexpr uint16_t kNoReply = 0xffff;
 class RingWriter {
  public:
   // `size_bytes` is a power of two of at least four of the largest records.
-  RingWriter(RingControl* control, std::byte* data, size_t size_bytes);
+  // `since` tells of waits for room.
+  RingWriter(RingControl* control, std::byte* data, size_t size_bytes,
+             WaitClock* since);
 
   // Waits for room. False if the ring was closed.
   bool put(uint16_t opcode, uint16_t reply, std::span<const std::byte> payload);
@@ -46,11 +50,13 @@ class RingWriter {
   uint64_t numRecords() const { return next_index_; }
 
  private:
-  bool waitForRoom(uint64_t end);
+  bool hasRoom(uint64_t end);
+  void waitForRoom(uint64_t end);
 
   RingControl* control_;
   std::byte* data_;
   size_t size_bytes_;
+  WaitClock* since_;
   uint64_t written_ = 0;
   uint64_t seen_read_ = 0;
   uint64_t next_index_ = 0;

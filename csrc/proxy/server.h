@@ -90,6 +90,7 @@ class Server final : public GeneratedContext {
   int functionAttributes(void* kernel, FunctionAttributes* attributes);
   void initComm(CommandReader& reader, Responder responder);
   void waitForComms();
+  int commState(void* comm);
   int commError();
   void* lt();
   void ltMatmul(CommandReader& reader);

@@ -60,6 +60,15 @@ void* Server::comm(uint32_t id) {
   return found == comms_.end() ? nullptr : found->second;
 }
 
+// What NCCL says of it, an ncclResult_t. Requires: comms_mutex_.
+int Server::commState(void* comm) {
+  auto* ask = libraries_.function<int(void*, int*)>(Library::kNccl,
+                                                    "ncclCommGetAsyncError");
+  int state = 0;
+  const int code = ask(comm, &state);
+  return code != 0 ? code : state;
+}
+
 // A library says that something went wrong; the driver may know better what.
 void Server::failed(Library library, const char* name, int code) {
   if (code == 0) return;
@@ -102,14 +111,11 @@ void Server::initComm(CommandReader& reader, Responder responder) {
   }
   // Waits for the other ranks.
   later([this, id, responder] {
-    auto* ask = libraries_.function<int(void*, int*)>(Library::kNccl,
-                                                      "ncclCommGetAsyncError");
     for (;; std::this_thread::sleep_for(kNcclPoll)) {
       std::lock_guard<std::mutex> lock(comms_mutex_);
       const auto found = comms_.find(id);
       if (found == comms_.end()) return responder.answer(kNcclRemoteError);
-      int state = 0;
-      if (const int code = ask(found->second, &state); code != 0) state = code;
+      const int state = commState(found->second);
       if (state == kNcclInProgress) continue;
       if (state != 0) {
         auto* abort =
@@ -125,12 +131,9 @@ void Server::initComm(CommandReader& reader, Responder responder) {
 // NCCL goes on with the last call on threads of its own; what follows in the
 // stream must come behind it. Requires: comms_mutex_.
 void Server::waitForComms() {
-  auto* ask = libraries_.function<int(void*, int*)>(Library::kNccl,
-                                                    "ncclCommGetAsyncError");
-  const auto is_busy = [&] {
-    return std::ranges::any_of(comms_, [&](const auto& each) {
-      int state = 0;
-      return ask(each.second, &state) == 0 && state == kNcclInProgress;
+  const auto is_busy = [this] {
+    return std::ranges::any_of(comms_, [this](const auto& each) {
+      return commState(each.second) == kNcclInProgress;
     });
   };
   while (is_busy()) {
@@ -142,12 +145,9 @@ void Server::waitForComms() {
 
 // What is wrong with any communicator, an ncclResult_t.
 int Server::commError() {
-  auto* ask = libraries_.function<int(void*, int*)>(Library::kNccl,
-                                                    "ncclCommGetAsyncError");
   std::lock_guard<std::mutex> lock(comms_mutex_);
   for (const auto& [id, comm] : comms_) {
-    int state = 0;
-    if (const int code = ask(comm, &state); code != 0) state = code;
+    const int state = commState(comm);
     if (state != 0 && state != kNcclInProgress) return state;
   }
   return segment_->comm_error;

@@ -138,7 +138,10 @@ class DeviceProxy:
         return sorted(unsupported.intersection(set().union(*names)))
 
     def take_trace(self) -> int:
-        """Return a number that tells the commands since its last call from others."""
+        """Return a number that tells the commands since its last call from others.
+
+        The first call has them counted from there on.
+        """
         return int(self._c.mnemosyne_proxy_take_trace())
 
     def recover(self, timeout_s: float) -> None:

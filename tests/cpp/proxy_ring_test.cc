@@ -30,6 +30,7 @@ class Shared {
   ~Shared() { munmap(at_, kSize); }
   RingControl* control() { return static_cast<RingControl*>(at_); }
   std::byte* data() { return static_cast<std::byte*>(at_) + 4096; }
+  WaitClock since{0};  // of the writer
 
  private:
   static constexpr size_t kSize = 4096 + kBytes;
@@ -45,7 +46,7 @@ std::vector<std::byte> payloadOf(uint64_t index, size_t max_bytes) {
 }
 
 void writeRecords(Shared& shared, uint64_t count) {
-  RingWriter writer(shared.control(), shared.data(), kBytes);
+  RingWriter writer(shared.control(), shared.data(), kBytes, &shared.since);
   for (uint64_t index = 0; index < count; ++index) {
     if (!writer.put(index & 0xfff, kNoReply,
                     payloadOf(index, kMaxPayloadBytes)))
@@ -84,8 +85,17 @@ TEST(a_writer_without_room_waits_for_the_reader) {
   std::thread writer([&] { writeRecords(shared, 200); });
   // Far more than the ring holds, so the writer sleeps until the first release.
   while (shared.control()->writer_sleeps.load() == 0) std::this_thread::yield();
+  EXPECT(shared.since.load() != 0);
   EXPECT(readRecords(shared, 200) == 200);
   writer.join();
+  EXPECT(shared.since.load() == 0);
+}
+
+TEST(a_writer_with_room_never_reads_the_clock) {
+  Shared shared;
+  shared.since = -1;
+  writeRecords(shared, 3);
+  EXPECT(shared.since.load() == -1);
 }
 
 TEST(closing_wakes_both_sides) {
@@ -119,7 +129,7 @@ TEST(a_record_with_an_impossible_size_is_refused) {
   for (const uint32_t size :
        {8u, 17u, static_cast<uint32_t>(kBytes) + 16, 4096u}) {
     Shared shared;
-    RingWriter writer(shared.control(), shared.data(), kBytes);
+    RingWriter writer(shared.control(), shared.data(), kBytes, &shared.since);
     EXPECT(writer.put(1, kNoReply, {}));
     std::memcpy(shared.data(), &size, sizeof size);
     RingReader reader(shared.control(), shared.data(), kBytes);
