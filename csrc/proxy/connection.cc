@@ -28,6 +28,8 @@ extern char** environ;
 
 namespace mnemosyne::proxy {
 
+constexpr int kEndTimeoutMs = 2'000;
+
 // A server process. Its descriptors close in a forked child by themselves.
 struct Connection::Server {
   pid_t pid = -1;
@@ -44,12 +46,17 @@ struct Connection::Server {
     }
     return (end.revents & POLLIN) != 0;
   }
+  // For one that nobody watches.
+  void endAndReap() {
+    endNow();
+    if (waitForEnd(Deadline::in(Milliseconds(kEndTimeoutMs))))
+      waitpid(pid, nullptr, 0);
+  }
 };
 
 namespace {
 
 constexpr int kStartTimeoutMs = 120'000;
-constexpr int kEndTimeoutMs = 2'000;
 
 // The folder that this library is in.
 std::string ownFolder() {
@@ -66,17 +73,25 @@ std::string serverPath() {
 }
 
 // Our environment, without the preload: the server talks to the real device.
-std::vector<std::string> serverEnvironment(uint64_t generation) {
+std::vector<std::string> serverEnvironment() {
   std::vector<std::string> variables;
   for (char** variable = environ; *variable != nullptr; ++variable) {
     const std::string text = *variable;
-    if (text.starts_with("LD_PRELOAD=")) continue;
-    if (text.starts_with("MNEMOSYNE_PROXY_GENERATION=")) continue;
-    variables.push_back(text);
+    if (!text.starts_with("LD_PRELOAD=")) variables.push_back(text);
   }
-  variables.push_back("MNEMOSYNE_PROXY_GENERATION=" +
-                      std::to_string(generation));
   return variables;
+}
+
+// What a server is told when it begins, see protocol.h.
+std::string beginning(uint64_t generation) {
+  std::string text;
+  for (char** variable = environ; *variable != nullptr; ++variable) {
+    if (!isOurVariable(*variable)) continue;
+    text.append(*variable).push_back('\0');
+  }
+  text += "MNEMOSYNE_PROXY_GENERATION=" + std::to_string(generation);
+  text.push_back('\0');
+  return text;
 }
 
 // Whether a program's own progress, and nothing else, leads to this command.
@@ -214,23 +229,61 @@ int Connection::startLocked(int timeout_ms) {
   return 0;
 }
 
-// Starts a server process and hears its greeting.
-int Connection::launch(int timeout_ms) {
-  if (watcher_.joinable()) watcher_.join();
+// Starts a server process, which then waits for begin(). Null if it cannot.
+std::shared_ptr<Connection::Server> Connection::spawn() {
   auto server = std::make_shared<Server>();
   int sockets[2];
-  Fd theirs;
   server->control = Fd::make([&] {
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sockets) != 0)
       return -1;
     return sockets[0];
   });
-  if (!server->control) {
-    fail(kCudaInitializationError, "cannot make a socket pair");
-    return error_;
-  }
-  theirs = Fd::make([&] { return sockets[1]; });
+  if (!server->control) return nullptr;
+  Fd theirs = Fd::make([&] { return sockets[1]; });
 
+  const std::string path = serverPath();
+  std::vector<std::string> arguments{path};
+  std::vector<std::string> environment = serverEnvironment();
+  // dup2 onto itself would leave the close-on-exec flag: go by way of high
+  // numbers.
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_adddup2(&actions, theirs.get(), 1000);
+  posix_spawn_file_actions_adddup2(&actions, segment_fd_.get(), 1001);
+  posix_spawn_file_actions_adddup2(&actions, 1000, kControlFd);
+  posix_spawn_file_actions_adddup2(&actions, 1001, kSegmentFd);
+  posix_spawn_file_actions_addclosefrom_np(&actions, kSegmentFd + 1);
+  errno = posix_spawn(&server->pid, path.c_str(), &actions, nullptr,
+                      pointers(arguments).data(), pointers(environment).data());
+  const bool is_spawned = errno == 0;
+  posix_spawn_file_actions_destroy(&actions);
+  if (!is_spawned) return nullptr;
+  server->pidfd = Fd::make([&] {
+    return static_cast<int>(syscall(SYS_pidfd_open, server->pid, 0));
+  });
+  return server;
+}
+
+// Has a server take up its work, and hears its greeting. False if it ends
+// instead, or says nothing in time.
+bool Connection::begin(Server& server, Deadline deadline, Hello* hello) {
+  const std::string text = beginning(generation_ + 1);
+  const int control = server.control.get();
+  const auto sent = send(control, text.data(), text.size(), MSG_NOSIGNAL);
+  if (sent == static_cast<ssize_t>(text.size())) {
+    pollfd greeting{control, POLLIN, 0};
+    while (poll(&greeting, 1, deadline.remainingMs()) < 0 && errno == EINTR) {
+    }
+    const auto got = recv(control, hello, sizeof *hello, MSG_DONTWAIT);
+    if (got == sizeof *hello && hello->magic == kProtocolMagic) return true;
+  }
+  server.endAndReap();
+  return false;
+}
+
+// Gets a server to work: the spare, or a new one if it has ended.
+int Connection::launch(int timeout_ms) {
+  if (watcher_.joinable()) watcher_.join();
   // Nothing of an earlier server is left: it has ended, and so wrote its last.
   segment_->fault = 0;
   segment_->late_error = 0;
@@ -242,52 +295,27 @@ int Connection::launch(int timeout_ms) {
   segment_->ring.closed = 0;
   ring_ = std::make_unique<RingWriter>(&segment_->ring, segment_->ring_data,
                                        kRingBytes, &waits_[kNumReplies]);
-  const uint64_t generation = generation_ + 1;
-
-  const std::string path = serverPath();
-  std::vector<std::string> arguments{path};
-  std::vector<std::string> environment = serverEnvironment(generation);
-  // dup2 onto itself would leave the close-on-exec flag: go by way of high
-  // numbers.
-  posix_spawn_file_actions_t actions;
-  posix_spawn_file_actions_init(&actions);
-  posix_spawn_file_actions_adddup2(&actions, theirs.get(), 1000);
-  posix_spawn_file_actions_adddup2(&actions, segment_fd_.get(), 1001);
-  posix_spawn_file_actions_adddup2(&actions, 1000, kControlFd);
-  posix_spawn_file_actions_adddup2(&actions, 1001, kSegmentFd);
-  posix_spawn_file_actions_addclosefrom_np(&actions, kSegmentFd + 1);
-  const int spawned =
-      posix_spawn(&server->pid, path.c_str(), &actions, nullptr,
-                  pointers(arguments).data(), pointers(environment).data());
-  posix_spawn_file_actions_destroy(&actions);
-  theirs.reset();
-  if (spawned != 0) {
-    fail(kCudaInitializationError,
-         "cannot start " + path + ": " + std::strerror(spawned));
-    return error_;
-  }
-  server->pidfd = Fd::make([&] {
-    return static_cast<int>(syscall(SYS_pidfd_open, server->pid, 0));
-  });
 
   const Deadline deadline = Deadline::in(Milliseconds(timeout_ms));
-  pollfd greeting{server->control.get(), POLLIN, 0};
-  while (poll(&greeting, 1, deadline.remainingMs()) < 0 && errno == EINTR) {
-  }
   Hello hello{};
-  const ssize_t got =
-      recv(server->control.get(), &hello, sizeof hello, MSG_DONTWAIT);
-  if (got != sizeof hello || hello.magic != kProtocolMagic ||
-      hello.error != 0) {
-    server->endNow();
-    if (server->waitForEnd(Deadline::in(Milliseconds(kEndTimeoutMs)))) {
-      waitpid(server->pid, nullptr, 0);
+  auto server = std::exchange(spare_, nullptr);
+  if (server == nullptr || !begin(*server, deadline, &hello)) {
+    server = spawn();
+    if (server == nullptr) {
+      fail(kCudaInitializationError,
+           "cannot start " + serverPath() + ": " + std::strerror(errno));
+      return error_;
     }
+    if (!begin(*server, deadline, &hello)) {
+      fail(kCudaInitializationError,
+           "the proxy server ended, or said nothing in time");
+      return error_;
+    }
+  }
+  if (hello.error != 0) {
+    server->endAndReap();
     hello.message[sizeof hello.message - 1] = '\0';
-    const bool spoke = got == sizeof hello && hello.magic == kProtocolMagic;
-    fail(spoke ? hello.error : int{kCudaInitializationError},
-         spoke ? hello.message
-               : "the proxy server ended, or said nothing in time");
+    fail(hello.error, hello.message);
     return error_;
   }
   num_devices_ = hello.num_devices;
@@ -298,9 +326,14 @@ int Connection::launch(int timeout_ms) {
   }
   pid_ = server->pid;
   is_lost_ = false;
-  generation_ = generation;
+  ++generation_;
   watcher_ = std::thread([this, server] { watch(server); });
   return 0;
+}
+
+// Has the next server start beside the one in use.
+void Connection::keepSpare() {
+  if (spare_ == nullptr) spare_ = spawn();
 }
 
 // Waits for the end of a server, and lets nobody wait for it any more.
@@ -333,6 +366,7 @@ int Connection::prepare(uint16_t opcode, std::initializer_list<Handle*> needs) {
   if (is_lost_) return lossError();
   if (!is_attached_ && opcode >= kMapMemory) {
     if (const int error = attach(); error != 0) return error;
+    keepSpare();
   }
   for (Handle* handle : needs) need(handle);
   return 0;
@@ -514,6 +548,7 @@ void Connection::forgetServer() {
   if (state_ == State::kOff) return;
   new (&watcher_) std::thread;  // the other one does not exist here
   server_.reset();
+  spare_.reset();
   ring_.reset();
   if (segment_ != nullptr) {
     munmap(segment_, kSegmentBytes);
@@ -577,6 +612,7 @@ int Connection::recover(int timeout_ms) {
     state_ = is_lost_ ? State::kLost : State::kFailed;
     return error;
   }
+  if (is_used) keepSpare();
   error_ = 0;
   state_ = State::kHealthy;
   if (!is_lost_) return 0;
@@ -613,14 +649,16 @@ int Connection::restoreMemory() {
 
 void Connection::shutdown() {
   if (state_ == State::kOff || state_ == State::kChild) return;
-  std::shared_ptr<Server> server;
+  std::shared_ptr<Server> server, spare;
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    spare = std::exchange(spare_, nullptr);
     server = server_;
     if (server == nullptr) return;
     server->control.reset();  // its end of file tells the server to go
     segment_->ring.close();
   }
+  if (spare != nullptr) spare->endAndReap();
   if (!server->waitForEnd(Deadline::in(Milliseconds(kEndTimeoutMs))))
     server->endNow();
   if (watcher_.joinable()) watcher_.join();

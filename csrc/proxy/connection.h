@@ -3,8 +3,10 @@
 //   Off -> Healthy -> Lost -> Restoring -> Healthy      (and Failed, Child)
 //
 // While the device is lost every post() and call() returns the same error,
-// until recover() has started another server in which all memory is mapped at
-// its old addresses. Nothing here recovers by itself: whoever calls recover()
+// until recover() has another server in which all memory is mapped at its old
+// addresses. One waits for that from the first use of the device on, without a
+// part of the device, so that a recovery need not wait for its start. Nothing
+// here recovers by itself: whoever calls recover()
 // knows that the contents of the device are gone.
 #pragma once
 
@@ -21,6 +23,7 @@
 #include <thread>
 #include <vector>
 
+#include "common/deadline.h"
 #include "common/fd.h"
 #include "proxy/address_space.h"
 #include "proxy/command.h"
@@ -167,6 +170,9 @@ class Connection {
   Connection();
   int startLocked(int timeout_ms);
   int launch(int timeout_ms);
+  std::shared_ptr<Server> spawn();
+  bool begin(Server& server, Deadline deadline, Hello* hello);
+  void keepSpare();
   int attach();
   int prepare(uint16_t opcode, std::initializer_list<Handle*> needs);
   int restoreMemory();
@@ -190,6 +196,8 @@ class Connection {
   std::unique_ptr<RingWriter> ring_;
   std::mutex server_mutex_;
   std::shared_ptr<Server> server_;  // set with both locks
+  // The next one: it runs, and waits to be told to begin.
+  std::shared_ptr<Server> spare_;  // with mutex_ held
   std::thread watcher_;
   Fd segment_fd_;
   SegmentHead* segment_ = nullptr;

@@ -21,6 +21,11 @@ void* Libraries::open(Library library) {
   return handle;
 }
 
+void Libraries::openAll() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (size_t at = 0; at < kNumLibraries; ++at) open(static_cast<Library>(at));
+}
+
 void* Libraries::symbol(Library library, const char* name) {
   std::lock_guard<std::mutex> lock(mutex_);
   void* found = dlsym(open(library), name);

@@ -27,7 +27,8 @@ class Libraries {
   // `emulated`: the path of the emulated device, or empty for the real one.
   explicit Libraries(std::string emulated) : emulated_(std::move(emulated)) {}
 
-  // Throws MissingLibrary, with the loader's words.
+  // All throw MissingLibrary, with the loader's words.
+  void openAll();
   void* symbol(Library library, const char* name);
 
   template <typename Function>
@@ -36,7 +37,7 @@ class Libraries {
   }
 
  private:
-  void* open(Library library);
+  void* open(Library library);  // Requires: mutex_ held.
 
   const std::string emulated_;
   std::mutex mutex_;

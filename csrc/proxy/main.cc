@@ -1,6 +1,9 @@
 // mnemosyne-proxy: the process that owns the device of one training process. It
 // is started by the client, which leaves it two descriptors: a socket, whose
 // end of file tells that the client is gone, and the segment with the ring.
+// Until it is told to begin it is a spare: the next one is waiting already when
+// a device is lost.
+#include <poll.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -11,8 +14,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <sstream>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "proxy/server.h"
 
@@ -43,6 +48,34 @@ void listen(Server& server) {
   }
 }
 
+bool isToldToBegin() {
+  pollfd word{kControlFd, POLLIN, 0};
+  return poll(&word, 1, 0) > 0;
+}
+
+// False if the client is gone.
+bool waitToBegin() {
+  ssize_t size;
+  do {
+    size = recv(kControlFd, nullptr, 0, MSG_PEEK | MSG_TRUNC);
+  } while (size < 0 && errno == EINTR);
+  if (size <= 0) return false;
+  std::string text(size, '\0');
+  if (recv(kControlFd, text.data(), text.size(), 0) != size) return false;
+  std::vector<std::string> old;
+  for (char** variable = environ; *variable != nullptr; ++variable) {
+    const std::string_view each = *variable;
+    if (isOurVariable(each)) old.emplace_back(each.substr(0, each.find('=')));
+  }
+  for (const auto& name : old) unsetenv(name.c_str());
+  std::istringstream variables(text);
+  for (std::string each; std::getline(variables, each, '\0');) {
+    const size_t equals = each.find('=');
+    setenv(each.substr(0, equals).c_str(), each.c_str() + equals + 1, 1);
+  }
+  return true;
+}
+
 int serve() {
   // The terminal's signals are the training process's business.
   signal(SIGINT, SIG_IGN);
@@ -60,6 +93,8 @@ int serve() {
     return 64;
   }
   Server server(static_cast<SegmentHead*>(segment), emulatedDevice());
+  server.load(!isToldToBegin());
+  if (!waitToBegin()) _exit(0);
   const Hello hello = server.hello();
   if (send(kControlFd, &hello, sizeof hello, MSG_NOSIGNAL) != sizeof hello)
     return 1;

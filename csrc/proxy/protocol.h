@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "proxy/command.h"
 #include "proxy/ring.h"
@@ -124,7 +125,15 @@ struct AttachReply {
   int32_t greatest_stream_priority;
 };
 
-// The first thing a server says, on its control socket.
+// The first thing a server hears on its control socket, and waits for: that it
+// shall begin. The text is the client's environment as it is by then, of the
+// variables below, each with a 0 behind it; those that are not there are unset.
+inline bool isOurVariable(std::string_view text) {
+  return text.starts_with("MNEMOSYNE_") &&
+         !text.starts_with("MNEMOSYNE_PROXY_GENERATION=");
+}
+
+// What a server answers.
 struct Hello {
   uint64_t magic;
   int32_t error;  // of the device's start; the rest is valid if it is 0

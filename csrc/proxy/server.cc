@@ -47,9 +47,21 @@ void Responder::answer(int result, const void* data, size_t size_bytes) const {
 }
 
 Server::Server(SegmentHead* segment, std::string emulated)
-    : segment_(segment), libraries_(std::move(emulated)), waiters_([this] {
-        if (context_ != nullptr) driver_->cuCtxSetCurrent(context_);
-      }) {}
+    : segment_(segment),
+      libraries_(std::move(emulated)),
+      waiters_([this] { enterThread(); }) {}
+
+void Server::enterThread() {
+  if (context_ != nullptr) driver_->cuCtxSetCurrent(context_);
+}
+
+void Server::load(bool all) {
+  try {
+    driver_ = std::make_unique<Driver>(libraries_);
+    if (all) libraries_.openAll();
+  } catch (const MissingLibrary&) {  // said when it is needed
+  }
+}
 
 Hello Server::hello() {
   Hello hello{};
@@ -59,7 +71,7 @@ Hello Server::hello() {
     std::snprintf(hello.message, sizeof hello.message, "%s", message.c_str());
   };
   try {
-    driver_ = std::make_unique<Driver>(libraries_);
+    if (driver_ == nullptr) driver_ = std::make_unique<Driver>(libraries_);
     if (const int error = driver_->cuInit(0); error != 0) {
       fail(error, "cuInit gives error " + std::to_string(error));
     } else if (const int error = driver_->cuDeviceGetCount(&hello.num_devices);

@@ -49,12 +49,17 @@ class Server final : public GeneratedContext {
  public:
   Server(SegmentHead* segment, std::string emulated);
 
+  // Loads the driver's library; all of them if there is time for it. Nothing
+  // of a device is touched.
+  void load(bool all);
   // Looks for the devices; what the client is told.
   Hello hello();
   // Executes until the ring is closed.
   void run();
   void execute(const Record& record);
   void abortComm(uint32_t comm);
+  // The calling thread is going to call the device.
+  void enterThread();
 
   // GeneratedContext
   void* cublas(CommandReader& reader) override;

@@ -162,7 +162,7 @@ void Server::abortComm(uint32_t id) {
   if (found == comms_.end()) return;
   void* const aborted = found->second;
   comms_.erase(found);
-  if (context_ != nullptr) driver_->cuCtxSetCurrent(context_);
+  enterThread();
   libraries_.function<int(void*)>(Library::kNccl, "ncclCommAbort")(aborted);
 }
 

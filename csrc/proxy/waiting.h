@@ -1,4 +1,4 @@
-// When a wait began, where others can see it: so that an endless one is noticed.
+// When a wait began, where others see it, so that an endless one is noticed.
 #pragma once
 
 #include <atomic>
