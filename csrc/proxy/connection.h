@@ -186,6 +186,7 @@ class Connection {
   std::shared_ptr<Server> currentServer();
   void watch(std::shared_ptr<Server> server);
   int submit(const CommandWriter& command, uint16_t reply);
+  int deliver(const CommandWriter& command, uint16_t reply);
   void trace(const CommandWriter& command);
   int await(uint16_t slot, Answer* answer);
   int takeLateError();
