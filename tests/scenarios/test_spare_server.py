@@ -1,0 +1,155 @@
+"""The next server of the device proxy waits for a loss, and for nothing else."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from mnemosyne_plugin.proxy import preload
+
+SCRIPT = Path(__file__).parent / "scripts" / "proxy_client.py"
+PATIENCE_S = 20
+
+
+class Client:
+    """A program that uses the emulated device as it is told."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"MNEMOSYNE_PROXY_DEVICE": "emulated"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", SCRIPT],
+            env=environment | preload(environment),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def do(self, line: str) -> int:
+        """Return its answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def servers(self) -> set[int]:
+        """Return its server, and the spare."""
+        return {pid for pid in children(self._process.pid) if is_running_server(pid)}
+
+    def spare(self) -> int:
+        """Return the one that is not in use."""
+        (pid,) = self.servers() - {self.do("server")}
+        return pid
+
+    def end(self) -> int:
+        """Close its input; return its exit code."""
+        self._process.communicate(timeout=PATIENCE_S)
+        return self._process.returncode
+
+    def kill(self) -> None:
+        self._process.kill()
+        with self._process:  # closes the pipes, and waits
+            pass
+
+
+def children(parent: int) -> set[int]:
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue  # it has ended
+        if int(fields[1]) == parent:
+            found.add(int(path.parent.name))
+    return found
+
+
+def is_running_server(pid: int) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/exe").endswith("/mnemosyne-proxy")
+    except OSError:
+        return False  # ended; a zombie has no program any more
+
+
+def wait_for_end(pidfd: int) -> None:
+    assert select.select([pidfd], [], [], PATIENCE_S)[0], "it does not end"
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    made = Client()
+    yield made
+    made.kill()
+
+
+def test_a_recovery_takes_the_spare_and_starts_the_next(client: Client) -> None:
+    assert client.do("allocate") == 0
+    first, spare = client.do("server"), client.spare()
+    assert client.do("lose") != 0
+    assert client.do("recover") == 0
+    assert client.do("server") == spare
+    assert client.spare() not in (first, spare)
+    assert client.do("allocate") == 0
+
+
+def test_a_program_that_only_counts_devices_has_no_spare(client: Client) -> None:
+    assert client.do("count") == 0
+    assert client.servers() == {client.do("server")}
+
+
+def test_a_spare_that_has_died_is_replaced_by_a_fresh_server(client: Client) -> None:
+    assert client.do("allocate") == 0
+    first, spare = client.do("server"), client.spare()
+    with ExitStack() as stack:
+        pidfd = os.pidfd_open(spare)
+        stack.callback(os.close, pidfd)
+        os.kill(spare, signal.SIGKILL)
+        wait_for_end(pidfd)
+    assert client.do("allocate") == 0  # it was in nobody's way
+    assert client.do("lose") != 0
+    assert client.do("recover") == 0
+    assert client.do("server") not in (first, spare)
+    assert len(client.servers()) == 2
+    assert not Path(f"/proc/{spare}").exists()  # nor is a zombie left of it
+
+
+def test_a_spare_begins_with_the_environment_of_that_moment(client: Client) -> None:
+    assert client.do("allocate") == 0
+    before = client.do("memory")
+    spare = client.spare()
+    for options, expected in (("memory=96m", 96 << 20), ("memory=8g", before)):
+        assert client.do(f"set {options}") == 0
+        assert client.do("lose") != 0
+        assert client.do("recover") == 0
+        assert client.do("server") == spare
+        assert client.do("memory") == expected
+        spare = client.spare()
+
+
+def test_no_server_is_left_by_a_program_that_ends(client: Client) -> None:
+    assert client.do("allocate") == 0
+    servers = client.servers()
+    assert len(servers) == 2
+    assert client.end() == 0
+    assert not [pid for pid in servers if is_running_server(pid)]
+
+
+def test_no_server_is_left_by_a_program_that_is_killed(client: Client) -> None:
+    assert client.do("allocate") == 0
+    # A fork of it, as a data loader's worker, holds no end of theirs.
+    fork = client.do("fork")
+    with ExitStack() as stack:
+        stack.callback(os.kill, fork, signal.SIGKILL)
+        pidfds = [os.pidfd_open(pid) for pid in client.servers()]
+        assert len(pidfds) == 2
+        for pidfd in pidfds:
+            stack.callback(os.close, pidfd)
+        client.kill()
+        for pidfd in pidfds:
+            wait_for_end(pidfd)
