@@ -45,6 +45,7 @@ int Connection::startLocked(int /*timeout_ms*/) {
     return error_;
   }
   num_devices_ = hello.num_devices;
+  devices_.assign(hello.uuids, hello.uuids + hello.num_devices);
   driver_version_ = hello.driver_version;
   ++generation_;
   state_ = State::kHealthy;
@@ -64,6 +65,7 @@ int Connection::deliver(const CommandWriter& command, uint16_t reply) {
 
 void Connection::keepSpare() {}
 void Connection::forgetServer() {}
+void Connection::numberDevices() {}
 void Connection::tell(ControlMessage message) {
   if (server_ != nullptr) server_->executor.abortComm(message.id);
 }

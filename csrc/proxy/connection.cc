@@ -8,6 +8,8 @@
 #include <cstring>
 #include <utility>
 
+#include "proxy/device_claim.h"
+
 namespace mnemosyne::proxy {
 
 namespace {
@@ -18,6 +20,7 @@ constexpr int kStartTimeoutMs = 120'000;
 bool isOfTheProgram(uint16_t opcode) {
   switch (opcode) {
     case kAttach:
+    case kNumberDevices:
     case kMapMemory:
     case kUnmapMemory:
     case kMapHost:
@@ -111,10 +114,22 @@ int Connection::prepare(uint16_t opcode, std::initializer_list<Handle*> needs) {
   return 0;
 }
 
-int Connection::attach() {
+int Connection::attachTo(const DeviceUuid& device) {
   Answer answer{&device_, sizeof device_};
-  const auto command = CommandWriter(kAttach).put(int32_t{chosen_device});
-  if (const int error = callLocked(command, &answer); error != 0) {
+  return callLocked(CommandWriter(kAttach).put(device), &answer);
+}
+
+// Takes the chosen device into use. If a server before had it and it is gone,
+// another one takes its place, and its number.
+int Connection::attach() {
+  const size_t chosen = chosen_device;
+  if (chosen >= devices_.size()) return kCudaInvalidDevice;
+  // Whoever puts two processes on one device may do so.
+  if (!claim_) claim_ = claimDevice(devices_[chosen]);
+  int error = attachTo(devices_[chosen]);
+  const bool may_be_gone = error != 0 && error != kCudaOutOfMemory;
+  if (may_be_gone && generation_ > 1 && attachToAnother()) error = 0;
+  if (error != 0) {
     fail(error,
          "the device gives error " + std::to_string(error) + " at its start");
     return error;
@@ -128,6 +143,22 @@ int Connection::attach() {
   }
   is_attached_ = true;
   return 0;
+}
+
+bool Connection::attachToAnother() {
+  for (const DeviceUuid& another : server_devices_) {
+    Fd claim = claimDevice(another);
+    if (!claim || attachTo(another) != 0) continue;
+    claim_ = std::move(claim);
+    std::fprintf(stderr,
+                 "mnemosyne: device proxy: device %d is gone; another one of "
+                 "this machine takes its place\n",
+                 chosen_device.load());
+    devices_[chosen_device] = another;
+    numberDevices();
+    return true;
+  }
+  return false;
 }
 
 void Connection::need(Handle* handle) {

@@ -174,7 +174,10 @@ class Connection {
   bool begin(Server& server, Deadline deadline, Hello* hello);
   void keepSpare();
   int attach();
+  int attachTo(const DeviceUuid& device);
+  bool attachToAnother();
   int prepare(uint16_t opcode, std::initializer_list<Handle*> needs);
+  void numberDevices();
   int restoreMemory();
   void fail(int error, const std::string& message);
   void forgetServer();
@@ -203,6 +206,9 @@ class Connection {
   Fd segment_fd_;
   SegmentHead* segment_ = nullptr;
   AttachReply device_{};
+  // By their numbers in this process, and in the server's; with mutex_ held.
+  std::vector<DeviceUuid> devices_, server_devices_;
+  Fd claim_;  // of the device in use
   int num_devices_ = 0;
   int driver_version_ = 0;
   bool is_attached_ = false;

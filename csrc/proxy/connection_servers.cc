@@ -228,7 +228,11 @@ int Connection::launch(int timeout_ms) {
     fail(hello.error, hello.message);
     return error_;
   }
-  num_devices_ = hello.num_devices;
+  server_devices_.assign(hello.uuids, hello.uuids + hello.num_devices);
+  if (devices_.empty()) {
+    devices_ = server_devices_;
+    num_devices_ = hello.num_devices;
+  }
   driver_version_ = hello.driver_version;
   {
     std::lock_guard<std::mutex> lock_server(server_mutex_);
@@ -290,6 +294,8 @@ void Connection::forgetServer() {
   }
   segment_ = nullptr;
   segment_fd_.reset();
+  devices_.clear();
+  claim_.reset();
   pid_ = 0;
   error_ = 0;
   is_lost_ = false;
@@ -334,6 +340,7 @@ int Connection::recover(int timeout_ms) {
                        !host_space.blocks().empty();
   is_attached_ = false;
   int error = launch(timeout_ms);
+  if (error == 0) numberDevices();
   if (error == 0 && is_used) error = attach();
   if (error == 0 && is_used) error = restoreMemory();
   if (error != 0) {
@@ -348,6 +355,13 @@ int Connection::recover(int timeout_ms) {
   error_ = int{kCudaLaunchFailure};  // it has ended in between
   state_ = State::kLost;
   return error_;
+}
+
+// To a new server they may have other numbers.
+void Connection::numberDevices() {
+  CommandWriter command(kNumberDevices);
+  for (const DeviceUuid& uuid : devices_) command.put(uuid);
+  put(command);
 }
 
 int Connection::restoreMemory() {

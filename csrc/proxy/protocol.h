@@ -6,6 +6,7 @@
 // negotiate; kProtocolMagic is there to catch a server of another build.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -69,7 +70,8 @@ constexpr uint64_t kHostEnd = kSegmentBase + kSegmentBytes;
 
 // Arguments stand beside each number, in order; "=" means that the call waits.
 enum Opcode : uint16_t {
-  kAttach = 1,          // device = AttachReply
+  kAttach = 1,          // DeviceUuid = AttachReply
+  kNumberDevices,       // DeviceUuid[]: of the devices 0, 1 ... of the client
   kDeviceProperties,    // device = kDevicePropertiesBytes
   kDeviceAttribute,     // attribute, device = int
   kDevicePciBusId,      // device = text
@@ -117,6 +119,11 @@ enum Opcode : uint16_t {
   kNcclErrors,      // = what is wrong with any communicator
 };
 
+// The number of a device is the client's, and stays: that of a server changes
+// when a device is gone, or another takes its place.
+using DeviceUuid = std::array<std::byte, 16>;
+constexpr size_t kMaxDevices = 64;
+
 struct AttachReply {
   uint64_t device_base;
   uint64_t total_bytes;
@@ -140,6 +147,7 @@ struct Hello {
   int32_t num_devices;
   int32_t driver_version;
   char message[240];
+  DeviceUuid uuids[kMaxDevices];
 };
 constexpr uint64_t kProtocolMagic = 0x6d6e656d6f707831;
 

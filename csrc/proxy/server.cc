@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -79,6 +80,12 @@ Hello Server::hello() {
       fail(error, "cuDeviceGetCount gives error " + std::to_string(error));
     }
     driver_->cuDriverGetVersion(&hello.driver_version);
+    hello.num_devices = std::min<int>(hello.num_devices, kMaxDevices);
+    for (int device = 0; device < hello.num_devices; ++device) {
+      driver_->cuDeviceGetUuid_v2(&hello.uuids[device], device);
+    }
+    uuids_.assign(hello.uuids, hello.uuids + hello.num_devices);
+    numbers_ = uuids_;
   } catch (const MissingLibrary& missing) {
     fail(kCudaNoDevice, missing.what());
   }
@@ -126,36 +133,42 @@ void Server::executeQuery(uint16_t opcode, CommandReader& reader,
   switch (opcode) {
     case kAttach: {
       AttachReply reply{};
-      responder.answerWith(attach(reader.get<int32_t>(), &reply), reply);
+      const int device = ordinalOf(reader.get<DeviceUuid>());
+      responder.answerWith(attach(device, &reply), reply);
       break;
     }
+    case kNumberDevices:
+      numbers_.clear();
+      while (!reader.atEnd()) numbers_.push_back(reader.get<DeviceUuid>());
+      break;
     case kDeviceProperties: {
       std::vector<std::byte> properties(kDevicePropertiesBytes);
       auto* get = libraries_.function<int(void*, int)>(
           Library::kCudart, "cudaGetDeviceProperties");
-      const int result = get(properties.data(), reader.get<int32_t>());
+      const int device = ordinal(reader.get<int32_t>());
+      const int result = get(properties.data(), device);
       responder.answer(result, properties.data(), properties.size());
       break;
     }
     case kDeviceAttribute: {
       int value = 0;
       const auto attribute = reader.get<int32_t>();
-      responder.answerWith(driver_->cuDeviceGetAttribute(&value, attribute,
-                                                         reader.get<int32_t>()),
-                           value);
+      const int device = ordinal(reader.get<int32_t>());
+      responder.answerWith(
+          driver_->cuDeviceGetAttribute(&value, attribute, device), value);
       break;
     }
     case kDevicePciBusId: {
       char text[32] = {};
-      responder.answerWith(driver_->cuDeviceGetPCIBusId(text, sizeof text,
-                                                        reader.get<int32_t>()),
-                           text);
+      const int device = ordinal(reader.get<int32_t>());
+      responder.answerWith(
+          driver_->cuDeviceGetPCIBusId(text, sizeof text, device), text);
       break;
     }
     case kDeviceUuid: {
       char uuid[16] = {};
-      responder.answerWith(
-          driver_->cuDeviceGetUuid_v2(uuid, reader.get<int32_t>()), uuid);
+      const int device = ordinal(reader.get<int32_t>());
+      responder.answerWith(driver_->cuDeviceGetUuid_v2(uuid, device), uuid);
       break;
     }
     default:
@@ -163,7 +176,20 @@ void Server::executeQuery(uint16_t opcode, CommandReader& reader,
   }
 }
 
+// The driver's number of a device; -1 if it is gone.
+int Server::ordinalOf(const DeviceUuid& uuid) const {
+  const auto found = std::ranges::find(uuids_, uuid);
+  return found == uuids_.end() ? -1 : found - uuids_.begin();
+}
+
+// The same, of what is the client's `device`.
+int Server::ordinal(int device) const {
+  if (device < 0 || static_cast<size_t>(device) >= numbers_.size()) return -1;
+  return ordinalOf(numbers_[device]);
+}
+
 int Server::attach(int device, AttachReply* reply) {
+  if (device < 0) return kCudaNoDevice;
   int major = 0, minor = 0;
   size_t total = 0;
   uint64_t base = 0;

@@ -90,6 +90,8 @@ class Server final : public GeneratedContext {
   void executeQuery(uint16_t opcode, CommandReader& reader,
                     Responder responder);
   int attach(int device, AttachReply* reply);
+  int ordinalOf(const DeviceUuid& uuid) const;
+  int ordinal(int device) const;
   int mapMemory(uint64_t address, size_t size_bytes, bool is_lost);
   void launch(CommandReader& reader);
   int functionAttributes(void* kernel, FunctionAttributes* attributes);
@@ -111,7 +113,9 @@ class Server final : public GeneratedContext {
   SegmentHead* const segment_;
   Libraries libraries_;
   std::unique_ptr<Driver> driver_;
-  int device_ = -1;
+  std::vector<DeviceUuid> uuids_;    // of the driver's devices
+  std::vector<DeviceUuid> numbers_;  // of the client's
+  int device_ = -1;                  // the driver's number of the one in use
   void* context_ = nullptr;
   std::unordered_map<uint32_t, Stream> streams_;
   std::unordered_map<uint32_t, void*> events_;

@@ -16,6 +16,8 @@ using DevicePointer = unsigned long long;
 int cuInit(unsigned);
 int cuDriverGetVersion(int*);
 int cuDeviceGetAttribute(int*, int, int);
+int cuDeviceGetCount(int*);
+int cuDeviceGetUuid_v2(void*, int);
 int cudaGetDeviceProperties(void*, int);
 int cuDevicePrimaryCtxRetain(void**, int);
 int cuCtxSetCurrent(void*);

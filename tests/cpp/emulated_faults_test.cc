@@ -40,6 +40,27 @@ TEST(a_fault_breaks_the_device_with_its_operation_and_all_calls_behind) {
   }
 }
 
+TEST(a_lost_device_is_missing_in_later_servers_and_others_move_up) {
+  const std::string options = "devices=2,serial=7,fault=lost_device,server=1";
+  for (const auto& [generation, count, name] :
+       {std::tuple("1", 2, "emulated-0000007"),
+        std::tuple("2", 1, "emulated-0000008")}) {
+    withDevice(
+        options,
+        [count = count, name = name] {
+          CHECK(cuInit(0));
+          int number = 0;
+          CHECK(cuDeviceGetCount(&number));
+          EXPECT_EQ(number, count);
+          char uuid[16];
+          CHECK(cuDeviceGetUuid_v2(uuid, 0));
+          EXPECT_EQ(std::string(uuid, sizeof uuid), name);
+          EXPECT_EQ(cuDeviceGetUuid_v2(uuid, count), 101);
+        },
+        0, generation);
+  }
+}
+
 TEST(a_fault_in_one_stream_frees_those_who_wait_for_another) {
   withDevice("at=0,fault=assert", [] {
     openContext();

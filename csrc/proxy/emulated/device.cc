@@ -27,7 +27,7 @@ int openDevice() {
   try {
     const Options options = Options::parse(
         getenv("MNEMOSYNE_EMULATED"), getenv("MNEMOSYNE_PROXY_GENERATION"));
-    if (options.deviceIsLost()) return kCudaNoDevice;
+    if (options.numDevices() < 1) return kCudaNoDevice;
     if (const char* const paths = getenv("MNEMOSYNE_EMULATED_KERNELS")) {
       const std::string wrong = registry().load(paths);
       if (!wrong.empty()) {

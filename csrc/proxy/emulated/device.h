@@ -1,4 +1,5 @@
-// The one device of the process: its memory, its streams and its health.
+// The device that the process uses, whichever of those it could: its memory,
+// its streams and its health.
 #pragma once
 
 #include <atomic>

@@ -56,12 +56,6 @@ int nameOf(int error, const char* ErrorName::* field, const char** to) {
   return kCudaInvalidValue;
 }
 
-// The only device has the number 0.
-int deviceError(int ordinal) {
-  if (device() == nullptr) return kCudaNotInitialized;
-  return ordinal == 0 ? kCudaSuccess : kCudaInvalidDevice;
-}
-
 int copyText(const char* from, char* to, int size) {
   if (to == nullptr || size <= 0) return kCudaInvalidValue;
   std::snprintf(to, static_cast<size_t>(size), "%s", from);
@@ -69,6 +63,13 @@ int copyText(const char* from, char* to, int size) {
 }
 
 }  // namespace
+
+int deviceError(int ordinal) {
+  if (device() == nullptr) return kCudaNotInitialized;
+  const bool is_there =
+      ordinal >= 0 && ordinal < device()->options().numDevices();
+  return is_there ? kCudaSuccess : kCudaInvalidDevice;
+}
 
 int contextError() {
   if (device() == nullptr) return kCudaNotInitialized;
@@ -99,7 +100,7 @@ MNEMOSYNE_EXPORT int cuDriverGetVersion(int* version) {
 
 MNEMOSYNE_EXPORT int cuDeviceGetCount(int* count) {
   if (device() == nullptr) return kCudaNotInitialized;
-  *count = 1;
+  *count = device()->options().numDevices();
   return kCudaSuccess;
 }
 
@@ -116,7 +117,7 @@ MNEMOSYNE_EXPORT int cuDeviceGetName(char* name, int size, int ordinal) {
 
 MNEMOSYNE_EXPORT int cuDeviceGetUuid_v2(void* uuid, int ordinal) {
   if (const int error = deviceError(ordinal)) return error;
-  std::memcpy(uuid, kDeviceUuid, sizeof kDeviceUuid - 1);
+  writeUuid(device()->options().serialOf(ordinal), uuid);
   return kCudaSuccess;
 }
 
@@ -126,7 +127,10 @@ MNEMOSYNE_EXPORT int cuDeviceGetUuid(void* uuid, int ordinal) {
 
 MNEMOSYNE_EXPORT int cuDeviceGetPCIBusId(char* id, int size, int ordinal) {
   if (const int error = deviceError(ordinal)) return error;
-  return copyText("0000:01:00.0", id, size);
+  const int serial = device()->options().serialOf(ordinal);
+  char text[32];
+  std::snprintf(text, sizeof text, "%04x:01:00.0", serial & 0xffff);
+  return copyText(text, id, size);
 }
 
 MNEMOSYNE_EXPORT int cuDeviceTotalMem_v2(size_t* size_bytes, int ordinal) {
@@ -148,7 +152,8 @@ MNEMOSYNE_EXPORT int cuDeviceGetAttribute(int* value, int attribute,
 MNEMOSYNE_EXPORT int cudaGetDeviceProperties(void* properties, int ordinal) {
   if (const int error = openDevice()) return error;
   if (const int error = deviceError(ordinal)) return error;
-  fillProperties(device()->memory().totalBytes(), properties);
+  fillProperties(device()->memory().totalBytes(),
+                 device()->options().serialOf(ordinal), properties);
   return kCudaSuccess;
 }
 

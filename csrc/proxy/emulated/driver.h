@@ -11,6 +11,9 @@ namespace mnemosyne::proxy::emulated {
 
 using CuDevicePtr = unsigned long long;  // CUdeviceptr
 
+// Whether there is a device with this number.
+int deviceError(int ordinal);
+
 // Whether a call that needs a context may go on: kCudaSuccess, or what the call
 // returns.
 int contextError();

@@ -167,7 +167,8 @@ MNEMOSYNE_EXPORT int cuMemCreate(unsigned long long* handle, size_t size_bytes,
   if (const int error = contextError()) return error;
   constexpr int kPinned = 1, kOnDevice = 1;
   if (properties == nullptr || properties->type != kPinned ||
-      properties->location.type != kOnDevice || properties->location.id != 0) {
+      properties->location.type != kOnDevice ||
+      deviceError(properties->location.id) != kCudaSuccess) {
     return kCudaInvalidValue;
   }
   uint64_t created = 0;

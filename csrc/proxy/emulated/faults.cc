@@ -89,6 +89,10 @@ Options Options::parse(const char* list, const char* generation) {
     const std::string value = entry.substr(equals + 1);
     if (key == "memory") {
       options.memory_bytes = size(value);
+    } else if (key == "devices") {
+      options.num_devices = smallNumber(value, key);
+    } else if (key == "serial") {
+      options.serial = smallNumber(value, key);
     } else if (key == "fault") {
       options.fault = emulated::fault(value);
     } else if (key == "at") {

@@ -4,7 +4,10 @@
 //   MNEMOSYNE_EMULATED=memory=1g,fault=illegal_address,at=37,server=0
 //
 //   memory=N[k|m|g|t]      bytes of device memory; 8g
-//   fault=NAME             one of the table in faults.cc; none
+//   devices=N              how many there are, of which a process uses one; 1
+//   serial=N               the number of the first in its UUID, and so on; 0
+//   fault=NAME             one of the table in faults.cc; none. `lost_device`
+//                          takes the first device away from later servers
 //   at=N                   with which device operation (a launch, a copy, a
 //                          memset, a BLAS or NCCL call; the first is 0); 0
 //   server=G               only in the server of this generation, which
@@ -40,6 +43,8 @@ class OptionError : public std::runtime_error {
 
 struct Options {
   size_t memory_bytes = size_t{8} << 30;
+  int num_devices = 1;
+  int serial = 0;
   Fault fault = Fault::kNone;
   uint64_t at = 0;
   std::optional<int> server;
@@ -51,8 +56,11 @@ struct Options {
   // Throws OptionError. Null pointers stand for unset variables.
   static Options parse(const char* list, const char* generation);
 
-  // The device went away in an earlier server.
+  // The first device went away in an earlier server; the others move up.
   bool deviceIsLost() const;
+  // What is left.
+  int numDevices() const { return num_devices - deviceIsLost(); }
+  int serialOf(int ordinal) const { return serial + deviceIsLost() + ordinal; }
 
   // Called in front of operation `number`: does what the fault does, and
   // returns the error that the operation ends with.

@@ -2,6 +2,7 @@
 
 #include <climits>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 
 #include "proxy/cuda_abi.h"
@@ -139,10 +140,16 @@ int deviceAttribute(int attribute) {
   return 0;
 }
 
-void fillProperties(size_t memory_bytes, void* to) {
+void writeUuid(int serial, void* uuid) {
+  char text[17];
+  std::snprintf(text, sizeof text, "emulated-%07d", serial);
+  std::memcpy(uuid, text, 16);
+}
+
+void fillProperties(size_t memory_bytes, int serial, void* to) {
   Properties p = {};
   std::memcpy(p.name, kDeviceName, sizeof kDeviceName);
-  std::memcpy(p.uuid, kDeviceUuid, sizeof p.uuid);
+  writeUuid(serial, p.uuid);
   p.total_memory = memory_bytes;
   p.shared_per_block = kSharedBytesPerBlock;
   p.registers_per_block = deviceAttribute(12);
@@ -164,6 +171,7 @@ void fillProperties(size_t memory_bytes, void* to) {
   p.concurrent_kernels = 1;
   p.ecc_enabled = 1;
   p.pci_bus = deviceAttribute(33);
+  p.pci_domain = serial & 0xffff;
   p.async_engine_count = deviceAttribute(40);
   p.unified_addressing = 1;
   p.memory_bus_width = deviceAttribute(37);

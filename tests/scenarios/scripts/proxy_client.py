@@ -18,6 +18,16 @@ def answer(word: str, *rest: str) -> int:
     if word == "count":
         number = ctypes.c_int()
         return int(cuda.cudaGetDeviceCount(ctypes.byref(number)))
+    if word == "choose":
+        return int(cuda.cudaSetDevice(int(rest[0])))
+    if word == "devices":
+        number = ctypes.c_int()
+        assert cuda.cudaGetDeviceCount(ctypes.byref(number)) == 0
+        return number.value
+    if word == "serial":  # of the emulated device with that number here
+        uuid = ctypes.create_string_buffer(16)
+        error = int(cuda.cuDeviceGetUuid(uuid, int(rest[0])))
+        return int(uuid.raw[9:]) if error == 0 else -error
     if word == "allocate":
         address = ctypes.c_void_p()
         return int(cuda.cudaMalloc(ctypes.byref(address), ctypes.c_size_t(1 << 20)))

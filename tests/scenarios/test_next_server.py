@@ -1,11 +1,11 @@
-"""The next server of the device proxy waits for a loss, and for nothing else."""
+"""What takes the place of a lost device's server: the spare, on some device."""
 
 import os
 import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,8 +20,11 @@ PATIENCE_S = 20
 class Client:
     """A program that uses the emulated device as it is told."""
 
-    def __init__(self) -> None:
-        environment = os.environ | {"MNEMOSYNE_PROXY_DEVICE": "emulated"}
+    def __init__(self, options: str = "") -> None:
+        environment = os.environ | {
+            "MNEMOSYNE_PROXY_DEVICE": "emulated",
+            "MNEMOSYNE_EMULATED": options,
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-S", SCRIPT],
             env=environment | preload(environment),
@@ -153,3 +156,67 @@ def test_no_server_is_left_by_a_program_that_is_killed(client: Client) -> None:
         client.kill()
         for pidfd in pidfds:
             wait_for_end(pidfd)
+
+
+# Devices are claimed on the whole machine, so no two tests may have the same ones.
+SERIAL = os.getpid() % 100_000 * 10
+
+
+def machine(number: int, num_devices: int) -> str:
+    return f"devices={num_devices},serial={SERIAL + 3 * number}"
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[str], Client]]:
+    with ExitStack() as stack:
+
+        def make(options: str) -> Client:
+            made = Client(options)
+            stack.callback(made.kill)
+            return made
+
+        yield make
+
+
+def test_a_device_that_is_gone_is_replaced_by_one_that_nobody_uses(
+    start: Callable[[str], Client],
+) -> None:
+    options = machine(0, num_devices=3)
+    client, other = start(options), start(options)
+    assert client.do("allocate") == 0
+    assert other.do("choose 1") == 0
+    assert other.do("allocate") == 0
+    assert client.do("serial 0") == SERIAL
+    assert client.do(f"set {options},fault=lost_device,server=1") == 0
+    for _ in range(2):  # the second loss finds it where it is by then
+        assert client.do("lose") != 0
+        assert client.do("recover") == 0
+        assert client.do("serial 0") == SERIAL + 2
+        assert client.do("serial 1") == SERIAL + 1
+    # Its number stays, and so does how many there are.
+    assert client.do("devices") == 3
+    assert client.do("allocate") == 0
+    assert other.do("serial 1") == SERIAL + 1
+    assert other.do("allocate") == 0
+
+
+def test_a_device_that_another_process_uses_replaces_none(
+    start: Callable[[str], Client],
+) -> None:
+    options = machine(1, num_devices=2)
+    client, other = start(options), start(options)
+    assert client.do("allocate") == 0
+    assert other.do("choose 1") == 0
+    assert other.do("allocate") == 0
+    assert client.do(f"set {options},fault=lost_device,server=1") == 0
+    assert client.do("lose") != 0
+    assert client.do("recover") == 100  # no device
+    assert other.do("allocate") == 0
+
+
+def test_two_processes_may_share_a_device(start: Callable[[str], Client]) -> None:
+    clients = [start(machine(2, num_devices=1)) for _ in range(2)]
+    for client in clients * 2:
+        assert client.do("allocate") == 0
+        assert client.do("lose") != 0
+        assert client.do("recover") == 0
