@@ -57,11 +57,10 @@ def main() -> None:
 
 def build_in_process() -> dict[str, str]:
     """Build the client that calls the device itself; return its environment."""
-    tools = Path(sys.executable).parent
-    ninja = f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}"
+    cmake, ninja = tool("cmake"), f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"
     for command in (
-        [tools / "cmake", "-S", HERE, "-B", IN_PROCESS, "-G", "Ninja", ninja],
-        [tools / "cmake", "--build", IN_PROCESS],
+        [cmake, "-S", HERE, "-B", IN_PROCESS, "-G", "Ninja", ninja],
+        [cmake, "--build", IN_PROCESS],
     ):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     proxied = on_emulated_device()
@@ -71,6 +70,13 @@ def build_in_process() -> dict[str, str]:
         shutil.copy2(path, IN_PROCESS / path.name)
     paths = [str(IN_PROCESS / path.name) for path in names]
     return proxied | {"LD_PRELOAD": ":".join(paths)}
+
+
+def tool(name: str) -> str:
+    """Return the path of a build tool, which a wheel may have put beside python."""
+    beside_python = os.path.dirname(sys.executable)
+    path = os.pathsep.join([os.environ.get("PATH", ""), beside_python])
+    return shutil.which(name, path=path) or sys.exit(f"proxy_call.py needs {name}")
 
 
 def calls(number: int, runs: int, inline: Mapping[str, str]) -> list[str]:

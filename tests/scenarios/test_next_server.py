@@ -158,6 +158,18 @@ def test_no_server_is_left_by_a_program_that_is_killed(client: Client) -> None:
             wait_for_end(pidfd)
 
 
+def test_a_trace_of_commands_begins_when_it_is_asked_for(client: Client) -> None:
+    assert client.do("allocate") == 0
+    assert client.do("fill 64") == 0
+    assert client.do("trace") == 0
+    traces = []
+    for lines in (["fill 64"], ["fill 64"], ["fill 64", "fill 64"]):
+        assert [client.do(line) for line in lines] == [0] * len(lines)
+        traces.append(client.do("trace"))
+    assert traces[0] == traces[1] != traces[2]
+    assert 0 not in traces
+
+
 # Devices are claimed on the whole machine, so no two tests may have the same ones.
 SERIAL = os.getpid() % 100_000 * 10
 

@@ -6,6 +6,7 @@ import signal
 import sys
 
 cuda = ctypes.CDLL(None)
+cuda.mnemosyne_proxy_take_trace.restype = ctypes.c_uint64
 
 
 def memory_bytes() -> int:
@@ -31,6 +32,11 @@ def answer(word: str, *rest: str) -> int:
     if word == "allocate":
         address = ctypes.c_void_p()
         return int(cuda.cudaMalloc(ctypes.byref(address), ctypes.c_size_t(1 << 20)))
+    if word == "fill":
+        address = ctypes.c_void_p(0x600000000000)  # of the first allocation
+        return int(cuda.cudaMemset(address, 1, ctypes.c_size_t(int(rest[0]))))
+    if word == "trace":
+        return int(cuda.mnemosyne_proxy_take_trace())
     if word == "memory":
         return memory_bytes()
     if word == "set":
