@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import Backend, Store
 from torch.distributed import distributed_c10d as c10d
 
 from mnemosyne_plugin.ccl import _C
+from mnemosyne_plugin.errors import ConfigError
 
 DeviceGroup = _C.DeviceBackend
 
@@ -57,14 +58,22 @@ class Devices:
 def find_devices(environment: MutableMapping[str, str] = os.environ) -> Devices | None:
     """Return the devices whose tensors our groups are to move; None if there are none.
 
-    MNEMOSYNE_DEVICE_GROUPS=module:function names what returns other ones than NVIDIA's.
+    MNEMOSYNE_DEVICE_GROUPS is "nccl", or module:function, which returns others. Raises
+    ConfigError if this torch has no NCCL.
     """
-    if named := environment.get(_VARIABLE):
-        module, _, function = named.partition(":")
-        found: Devices = getattr(importlib.import_module(module), function)()
-        return found
-    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+    named = environment.get(_VARIABLE, "")
+    if named == "nccl":
+        return _nvidia(environment)
+    if not named:
         return None
+    module, _, function = named.partition(":")
+    found: Devices = getattr(importlib.import_module(module), function)()
+    return found
+
+
+def _nvidia(environment: MutableMapping[str, str]) -> Devices:
+    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+        raise ConfigError(f"{_VARIABLE}=nccl: this torch finds no GPU, or has no NCCL")
     for name, value in _SETTINGS.items():
         environment.setdefault(name, value)
     return Devices("cuda", _make_nccl)

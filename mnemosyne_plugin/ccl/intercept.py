@@ -101,7 +101,8 @@ def our_backend(
         raise ConfigError(
             "this version protects CPU process groups only, and the script asks for "
             "'nccl'; run it with torchrun, with backend 'gloo' on the CPU, or with "
-            "`mnemosyne run --device-proxy`"
+            "`mnemosyne run --device-proxy`, or with MNEMOSYNE_DEVICE_GROUPS=nccl, "
+            "which has not met a GPU yet (docs/design.md)"
         )
     return BACKEND if cpu_names <= served and cpu_names else requested
 

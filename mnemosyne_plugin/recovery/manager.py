@@ -89,9 +89,10 @@ class Manager:
         self.world_size = len(seat.membership.members)
         self.version = 0
         self._events = events
+        self._devices = find_devices()
+        if self._devices is not None:
+            proxy = None  # a worker that loses its device is replaced
         self._device = Device(proxy, mesh, seat.rank, events) if proxy else None
-        # Behind the proxy torch's own groups stay, and their communicators are renewed.
-        self._devices = find_devices() if proxy is None else None
         self._groups = (
             DeviceGroups(self._devices, mesh, seat.rank, events)
             if self._devices

@@ -16,19 +16,22 @@ STEPS = 60
 Job = Callable[..., LocalCluster]
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_ddp_survives_kills_and_an_abort_bit_for_bit(
     cluster: Job, tmp_path: Path
 ) -> None:
     example = ROOT / "examples" / "ddp_cpu.py"
 
-    def job_in(folder: Path, chaos: list[str], script: Path = example) -> LocalCluster:
+    def job_in(
+        folder: Path, chaos: list[str], script: Path = example, **env: str
+    ) -> LocalCluster:
         return cluster(
             folder=folder,
             script=script,
             script_args=[f"--steps={STEPS}", f"--loss-log={folder / 'losses.txt'}"],
             chaos=chaos,
             preload=["torch._dynamo"],
+            env=env,
         )
 
     healthy = job_in(tmp_path / "healthy", [])
@@ -40,6 +43,20 @@ def test_ddp_survives_kills_and_an_abort_bit_for_bit(
     assert_same_training(job, healthy, kills)
     assert_survivors_stayed(job, kills)
     assert_redone_at_most_once(job)
+    job.check_nothing_is_left()
+
+    # The same on devices, of which host memory is one here.
+    devices = {
+        "MNEMOSYNE_DEVICE_GROUPS": "stand_in:links",
+        "PYTHONPATH": str(ROOT / "tests"),
+    }
+    job = job_in(tmp_path / "devices", chaos, **devices)
+    assert job.wait(60) == [0], job.output()
+    assert_same_training(job, healthy, kills)
+    assert_survivors_stayed(job, kills)
+    assert_redone_at_most_once(job)
+    made = job.events("device_groups")
+    assert {event.fields["made_anew"] for event in made} == {1}
     job.check_nothing_is_left()
 
     # A group that is aborted within a step: all redo it, and nobody is replaced.

@@ -1,6 +1,8 @@
 """The diagonals of `python -m tests.matrix`: all of it is `make matrix`."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,13 +11,20 @@ from matrix.plan import Configuration
 from matrix.runs import OK, Runs
 
 ROWS = (*deepspeed_plan.DIAGONAL, *megatron_plan.DIAGONAL)
+# The longest of them.
+LONG = "pp2v2-plain+overlap-fp32"
+
+
+def parameters() -> Iterator[Any]:
+    for configuration, victim in ROWS:
+        name = configuration.name
+        marks = [pytest.mark.long] if name == LONG else []
+        yield pytest.param(configuration, victim, id=f"{name}-{victim}", marks=marks)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("configuration", "victim"), ROWS, ids=[f"{c.name}-{v}" for c, v in ROWS]
-)
+@pytest.mark.parametrize(("configuration", "victim"), parameters())
 def test_a_death_in_every_phase_changes_nothing(
     configuration: Configuration, victim: str, tmp_path: Path
 ) -> None:

@@ -44,7 +44,9 @@ def start(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("mode", "every"), [("pipe", 3), ("zero3", 2)])
+@pytest.mark.parametrize(
+    ("mode", "every"), [pytest.param("pipe", 3, marks=pytest.mark.long), ("zero3", 2)]
+)
 def test_two_buddies_outlive_two_neighbours_and_rare_snapshots_cost_steps(
     mode: str, every: int, cluster: Job, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ Job = Callable[..., LocalCluster]
                 "kill rank=0 step=20 phase=data",
             ],
             id="gpt2 of Hugging Face in three calls, zero 3 and bf16",
+            marks=pytest.mark.long,
         ),
         pytest.param(
             "pipeline",

@@ -11,7 +11,7 @@ from matrix.runs import OK, Runs
 
 # What `make test` has time for, of `python -m tests.matrix deepspeed-ways`.
 TRIED = (
-    "zero1-fp32 experts",
+    pytest.param("zero1-fp32 experts", marks=pytest.mark.long),
     "zero0-fp32 Ulysses",
 )
 
