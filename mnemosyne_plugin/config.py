@@ -13,6 +13,19 @@ CHOICES = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceProxyConfig:
+    """What ``"device_proxy"`` in that section may hold."""
+
+    enabled: bool = True
+    """The script must run under `mnemosyne run --device-proxy`; false: must not."""
+    timeout_s: float | None = None
+    """How long a device may take until it counts as hung; None: as the launcher says.
+
+    ``--device-timeout`` goes first.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """What the ``"mnemosyne"`` section of ds_config may hold.
 
@@ -40,6 +53,8 @@ class Config:
     stop: the job ends. restart: all workers start again, at most three times or
     --max-restarts, and the script loads its newest checkpoint.
     """
+    device_proxy: DeviceProxyConfig | None = None
+    """Whether each GPU is in a process of its own; None: as the launcher says."""
 
     @classmethod
     def from_section(
@@ -52,17 +67,28 @@ class Config:
 
         prefix, named: how to write a field's name for the user.
         """
-        if not isinstance(section, Mapping):
-            raise ConfigError(
-                "ds_config: 'mnemosyne' must be an object, got "
-                f"{type(section).__name__}"
-            )
-        known = {field.name: field.type for field in fields(cls)}
-        for key, value in section.items():
-            if key not in known:
-                raise ConfigError(f"unknown key: {prefix}{key}; known: {sorted(known)}")
-            _check(prefix + named(key), key, value, known[key])
-        return cls(**section)
+        values = _checked(cls, section, prefix, named)
+        if "device_proxy" in values:
+            inner = prefix + named("device_proxy") + "."
+            proxy = _checked(DeviceProxyConfig, values["device_proxy"], inner, named)
+            values["device_proxy"] = DeviceProxyConfig(**proxy)
+        return cls(**values)
+
+
+def _checked(
+    kind: type, section: object, prefix: str, named: Callable[[str], str]
+) -> dict[str, Any]:
+    if not isinstance(section, Mapping):
+        where, _, name = prefix.rstrip(".").rpartition(" ")
+        raise ConfigError(
+            f"{where} {name!r} must be an object, got {type(section).__name__}".strip()
+        )
+    known = {field.name: field.type for field in fields(kind)}
+    for key, value in section.items():
+        if key not in known:
+            raise ConfigError(f"unknown key: {prefix}{key}; known: {sorted(known)}")
+        _check(prefix + named(key), key, value, known[key])
+    return dict(section)
 
 
 def _check(name: str, key: str, value: Any, want: Any) -> None:
@@ -72,8 +98,14 @@ def _check(name: str, key: str, value: Any, want: Any) -> None:
         expected = "a whole number, 1 or more"
     elif want is str and not isinstance(value, str):
         expected = "text"
+    elif key == "timeout_s" and not _is_duration(value):
+        expected = "seconds, more than 0"
     elif value not in CHOICES.get(key, (value,)):
         expected = f"one of {', '.join(CHOICES[key])}"
     else:
         return
     raise ConfigError(f"{name} must be {expected}, got {value!r}")
+
+
+def _is_duration(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")

@@ -18,6 +18,7 @@ from mnemosyne_plugin import proxy, report
 from mnemosyne_plugin.errors import ConfigError
 from mnemosyne_plugin.launch.agent import Agent, AgentSpec
 from mnemosyne_plugin.launch.ranks import RankLogs, RankSpec
+from mnemosyne_plugin.launch.script_config import device_proxy_choice
 from mnemosyne_plugin.launch.workforce import Worker
 
 SHUTDOWN_TIMEOUT_S = 5
@@ -74,9 +75,10 @@ def get_parser() -> argparse.ArgumentParser:
         "--device-timeout",
         "--device_timeout",
         type=float,
-        default=proxy.TIMEOUT_S,
+        default=None,
         metavar="SECONDS",
-        help="With --device-proxy: how long a GPU may take until it counts as hung.",
+        help="With --device-proxy: how long a GPU may take until it counts as hung; "
+        f"{proxy.TIMEOUT_S:.0f} by default.",
     )
     with suppress(argparse.ArgumentError):  # torch has it since 2.13
         ours.add_argument(
@@ -124,12 +126,20 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--standby must be 0 or more, got {args.standby}")
     if args.max_restarts is not None and args.max_restarts < 0:
         raise ConfigError(f"--max-restarts must be 0 or more, got {args.max_restarts}")
-    if not args.device_timeout > 0:
+    if args.device_timeout is not None and not args.device_timeout > 0:
         raise ConfigError(
             f"--device-timeout must be more than 0, got {args.device_timeout}"
         )
     if not args.module and not os.path.exists(args.training_script):
         raise ConfigError(f"no such script: {args.training_script}")
+    choice = device_proxy_choice(args.training_script_args)
+    if choice is not None and choice.enabled:
+        args.device_proxy = True
+    elif choice is not None and args.device_proxy:
+        raise ConfigError(
+            "--device-proxy is given, but mnemosyne.device_proxy.enabled is false in "
+            "the ds_config that the script's arguments name; leave one out"
+        )
 
 
 def _keeps_logs(args: argparse.Namespace) -> bool:

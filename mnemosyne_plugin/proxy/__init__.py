@@ -27,12 +27,12 @@ _STATES = ("off", "healthy", "lost", "restoring", "failed", "child")
 
 
 def preload(
-    environment: Mapping[str, str], timeout_s: float = TIMEOUT_S
+    environment: Mapping[str, str], timeout_s: float | None = None
 ) -> dict[str, str]:
     """Return what to add to ``environment`` so that a python there runs with the proxy.
 
-    timeout_s: the longest wait for the device. Raises ConfigError if this installation
-    has no proxy.
+    timeout_s: the longest wait for the device; None: as the script says. Raises
+    ConfigError if this installation has no proxy.
     """
     paths = [str(_FOLDER / name) for name in _CLIENT]
     missing = [path for path in paths if not os.path.exists(path)]
@@ -42,10 +42,8 @@ def preload(
             "mnemosyne-plugin again"
         )
     others = environment.get("LD_PRELOAD", "").split(":")
-    return {
-        "LD_PRELOAD": ":".join([*paths, *filter(None, others)]),
-        _TIMEOUT: str(timeout_s),
-    }
+    preload = {"LD_PRELOAD": ":".join([*paths, *filter(None, others)])}
+    return preload if timeout_s is None else {**preload, _TIMEOUT: str(timeout_s)}
 
 
 @functools.cache
@@ -77,6 +75,11 @@ class DeviceProxy:
         self._c.mnemosyne_proxy_take_trace.restype = ctypes.c_uint64
         self.timeout_s = float(os.environ.get(_TIMEOUT, TIMEOUT_S))
         """The longest wait for the device that is not given up."""
+
+    def propose_timeout(self, timeout_s: float) -> None:
+        """Take this as ``timeout_s``, unless the launcher was given one."""
+        if _TIMEOUT not in os.environ:
+            self.timeout_s = timeout_s
 
     @property
     def state(self) -> str:

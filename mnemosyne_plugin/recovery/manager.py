@@ -17,6 +17,7 @@ from typing import Any
 from mnemosyne_plugin import ccl
 from mnemosyne_plugin.ccl.devices import find_devices
 from mnemosyne_plugin.ccl.intercept import group_ids, serve_process_groups
+from mnemosyne_plugin.config import DeviceProxyConfig
 from mnemosyne_plugin.errors import (
     ConfigError,
     FatalError,
@@ -255,6 +256,29 @@ class Manager:
                 "plain DDP with mnemosyne_plugin.attach, DeepSpeed with ZeRO 0 to 2, "
                 "and megatron.core in fp32 or bf16; leave the option out"
             )
+
+    def configure_device_proxy(self, config: DeviceProxyConfig | None) -> None:
+        """Take what the script's config says of it; None: it says nothing.
+
+        Raises ConfigError where that and how this process was started differ.
+        """
+        if config is None:
+            return
+        if config.enabled and self._device is None:
+            raise ConfigError(
+                "mnemosyne.device_proxy is enabled, but this process runs without it; "
+                "start the job by `mnemosyne run --device-proxy`, or name ds_config "
+                "by --deepspeed_config in the script's arguments"
+            )
+        if self._device is None:
+            return
+        if not config.enabled:
+            raise ConfigError(
+                "mnemosyne.device_proxy.enabled is false, but this process runs under "
+                "the device proxy; leave --device-proxy out, or set it to true"
+            )
+        if config.timeout_s is not None:
+            self._device.proxy.propose_timeout(config.timeout_s)
 
     def wait_for_device(self) -> None:
         """Wait for all that the device was given, if there is a device proxy.

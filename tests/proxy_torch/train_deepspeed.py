@@ -55,7 +55,7 @@ def config(options: argparse.Namespace) -> dict[str, Any]:
         },
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": options.dtype == "bf16"},
-        "mnemosyne": {},
+        "mnemosyne": {"device_proxy": {"enabled": True, "timeout_s": 2}},
     }
 
 

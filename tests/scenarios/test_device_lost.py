@@ -92,3 +92,44 @@ def test_a_job_whose_devices_are_all_lost_ends_and_says_why(
     assert job.wait(60) == [3], job.output()
     assert "no rank is left that holds the state" in job.output()
     job.check_nothing_is_left()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("config", ["ds_config_gpt", "ds_config_gpt_zero1"])
+def test_deepspeed_goes_on_after_losses_in_each_phase(
+    train: Job, undisturbed: Job, config: str
+) -> None:
+    lose = [
+        *("1:2:forward", "2:4:backward", "0:6:reduce", "3:8:vote", "1:10:optimizer"),
+        *("2:12:gather", "0:14:between", "1:16:forward", "2:16:backward"),
+        *("0:18:optimizer", "3:18:optimizer", "1:20:recovery", "2:20:vote"),
+    ]
+    job = train(
+        steps=24,
+        config=config,
+        script=SCRIPT.with_name("lose_devices_deepspeed.py"),
+        num_standbys=0,
+        launch_args=["--device-proxy"],
+        env={"MNEMOSYNE_PROXY_DEVICE": "emulated", "LOSE": " ".join(lose)},
+    )
+    assert job.wait(90) == [0], job.output()
+    assert_same_training(job, undisturbed(steps=24, config=config), {})
+    assert_survivors_stayed(job, {})
+    num_phases = len(lose) - ("zero" not in config)  # without a shard nothing gathers
+    assert len(job.events("device_recovered")) == num_phases, job.output()
+    job.check_nothing_is_left()
+
+
+@pytest.mark.timeout(60)
+def test_a_shard_that_is_lost_before_it_has_a_copy_ends_the_job(train: Job) -> None:
+    job = train(
+        steps=4,
+        config="ds_config_gpt_zero1",
+        script=SCRIPT.with_name("lose_devices_deepspeed.py"),
+        num_standbys=0,
+        launch_args=["--device-proxy", "--max-restarts=0"],
+        env={"MNEMOSYNE_PROXY_DEVICE": "emulated", "LOSE": "1:0:between"},
+    )
+    assert job.wait(50) == [3], job.output()
+    assert "rank 1 lost its device before there was a copy of its shard" in job.output()
+    job.check_nothing_is_left()

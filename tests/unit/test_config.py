@@ -1,14 +1,19 @@
 """The user's input: sections, specs and backends are right, or a ConfigError."""
 
+import argparse
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mnemosyne_plugin.adapters.redundancy import Redundancy
 from mnemosyne_plugin.chaos import Fault, parse
-from mnemosyne_plugin.config import Config
+from mnemosyne_plugin.config import Config, DeviceProxyConfig
 from mnemosyne_plugin.errors import ConfigError
+from mnemosyne_plugin.launch import run
+from mnemosyne_plugin.launch.script_config import device_proxy_choice
 from mnemosyne_plugin.state.snapshot import Footprint
 
 
@@ -46,6 +51,12 @@ def test_a_section_may_be_empty_or_switch_us_off() -> None:
         ({"snapshot_every": "3"}, "mnemosyne.snapshot_every"),
         ({"on_state_lost": "maybe"}, "mnemosyne.on_state_lost"),
         ({"on_state_lost": 3}, "mnemosyne.on_state_lost"),
+        ({"device_proxy": True}, "'mnemosyne.device_proxy' must be an object"),
+        ({"device_proxy": {"enable": True}}, "mnemosyne.device_proxy.enable;"),
+        ({"device_proxy": {"enabled": 1}}, "mnemosyne.device_proxy.enabled must be"),
+        ({"device_proxy": {"timeout_s": 0}}, "device_proxy.timeout_s must be seconds"),
+        ({"device_proxy": {"timeout_s": True}}, "device_proxy.timeout_s must be"),
+        ({"device_proxy": {"timeout_s": "9"}}, "device_proxy.timeout_s must be"),
         ([], "mnemosyne"),
         (True, "mnemosyne"),
     ],
@@ -53,6 +64,60 @@ def test_a_section_may_be_empty_or_switch_us_off() -> None:
 def test_a_wrong_section_is_named(section: object, field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         Config.from_section(section)
+
+
+def test_a_section_says_whether_it_wants_the_device_proxy() -> None:
+    assert Config.from_section({}).device_proxy is None
+    config = Config.from_section({"device_proxy": {"timeout_s": 30}})
+    assert config.device_proxy == DeviceProxyConfig(enabled=True, timeout_s=30)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--deepspeed_config", "FILE"],
+        ["--steps", "9", "--deepspeed_config=FILE", "--seed=1"],
+        ["--deepspeed-config", "FILE"],
+        ["--ds_config", "FILE"],
+        ["--deepspeed", "FILE"],  # of transformers
+        ["--deepspeed", "--deepspeed_config", "FILE"],
+    ],
+)
+def test_the_launcher_reads_a_ds_config_that_the_arguments_name(
+    options: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "ds_config.json"
+    arguments = [option.replace("FILE", str(path)) for option in options]
+    assert device_proxy_choice(arguments) is None  # no such file: the script says so
+    for content in ("{", "[]", "{}", '{"mnemosyne": {}}'):
+        path.write_text(content)
+        assert device_proxy_choice(arguments) is None
+    section: dict[str, object] = {"device_proxy": {"enabled": False}}
+    path.write_text(json.dumps({"mnemosyne": section}))
+    assert device_proxy_choice(arguments) == DeviceProxyConfig(enabled=False)
+    path.write_text(json.dumps({"mnemosyne": {**section, "enabled": False}}))
+    assert device_proxy_choice(arguments) is None  # all of us is off
+    path.write_text('{"mnemosyne": {"device_proxy": 1}}')
+    with pytest.raises(ConfigError, match="must be an object"):
+        device_proxy_choice(arguments)
+
+
+def run_arguments(tmp_path: Path, *options: str, enabled: bool) -> argparse.Namespace:
+    """Return what `mnemosyne run` makes of options, and of a ds_config."""
+    path = tmp_path / "ds_config.json"
+    section = {"device_proxy": {"enabled": enabled}}
+    path.write_text(json.dumps({"mnemosyne": section}))
+    words = [*options, __file__, f"--deepspeed_config={path}"]
+    args = run.get_parser().parse_args(words)
+    run._check(args)
+    return args
+
+
+def test_a_ds_config_switches_the_device_proxy_on(tmp_path: Path) -> None:
+    assert run_arguments(tmp_path, enabled=True).device_proxy
+    assert not run_arguments(tmp_path, enabled=False).device_proxy
+    with pytest.raises(ConfigError, match="leave one out"):
+        run_arguments(tmp_path, "--device-proxy", enabled=False)
 
 
 @pytest.mark.parametrize(

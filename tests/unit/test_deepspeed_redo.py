@@ -28,6 +28,9 @@ NUM_STEPS = 5
 class FakeManager:
     """Says REDO once at each of the steps that the test names."""
 
+    has_device_proxy = is_device_lost = is_ahead = False
+    device_generation = 0
+
     def __init__(self, redone_steps: set[int]) -> None:
         self.has_failed = False
         self.version = 0
@@ -45,6 +48,9 @@ class FakeManager:
         pass
 
     def collect(self) -> None:
+        pass
+
+    def wait_for_device(self) -> None:
         pass
 
     def begin(self) -> Outcome:

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from mnemosyne_plugin.config import DeviceProxyConfig
 from mnemosyne_plugin.errors import ConfigError, FatalError, StaleEpoch
 from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.proxy import DeviceProxy, elf, loaded, preload
 from mnemosyne_plugin.recovery import device as recovery_device
 from mnemosyne_plugin.recovery.device import Device
+from mnemosyne_plugin.recovery.manager import Manager
 
 
 class FakeProxy:
@@ -168,6 +170,7 @@ def test_what_the_launcher_preloads_comes_before_what_others_do(
     assert [Path(name).name for name in names] == [
         *("libmnemosyne_client.so", "libcuda.so.1", "theirs.so")
     ]
+    assert preload({}, 9)["MNEMOSYNE_DEVICE_TIMEOUT_S"] == "9"
     monkeypatch.setattr("mnemosyne_plugin.proxy._FOLDER", tmp_path)
     with pytest.raises(ConfigError, match="was not built"):
         preload({})
@@ -183,3 +186,27 @@ def test_the_names_that_a_library_takes_and_gives(tmp_path: Path) -> None:
     torn.write_bytes(library.read_bytes()[:4096])
     assert elf.dynamic_names(torn) == set()
     assert sys.executable  # nothing of this was loaded
+
+
+@pytest.mark.parametrize("is_under_proxy", [False, True])
+def test_what_a_config_says_of_the_proxy_is_never_left_undone(
+    is_under_proxy: bool, made: tuple[Device, Any, Any]
+) -> None:
+    manager = object.__new__(Manager)
+    manager._device = made[0] if is_under_proxy else None
+    manager.configure_device_proxy(None)
+    manager.configure_device_proxy(DeviceProxyConfig(enabled=is_under_proxy))
+    with pytest.raises(ConfigError, match="--device-proxy"):
+        manager.configure_device_proxy(DeviceProxyConfig(enabled=not is_under_proxy))
+
+
+def test_a_timeout_of_the_command_line_goes_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    proxy = object.__new__(DeviceProxy)
+    proxy.timeout_s = 600.0
+    proxy.propose_timeout(7)
+    assert proxy.timeout_s == 7
+    monkeypatch.setenv("MNEMOSYNE_DEVICE_TIMEOUT_S", "9")
+    proxy.propose_timeout(8)
+    assert proxy.timeout_s == 7

@@ -106,6 +106,7 @@ def manager_among(votes: list[int]) -> Manager:
         "owed": {"load_dir": "saved", "version": 7},
         "_control": SimpleNamespace(minimum=minimum),
         "_protection": SimpleNamespace(),
+        "_device": None,
         "mesh": SimpleNamespace(failure=lambda: None),
     }
     vars(manager).update(fields)

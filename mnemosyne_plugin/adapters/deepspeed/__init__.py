@@ -39,8 +39,9 @@ def hook(engine_module: Any) -> None:
     def wrapper(engine: Any, *args: Any, **kwargs: Any) -> None:
         is_whole = "_mnemosyne_is_building" not in vars(engine)
         vars(engine)["_mnemosyne_is_building"] = True
-        if isinstance(kwargs.get("config"), dict) and _is_enabled(kwargs["config"]):
-            _manager()  # refuse before the engine is built
+        given = kwargs.get("config")
+        if isinstance(given, dict) and _is_enabled(given):
+            _manager(given)  # refuse before the engine is built
         initialize(engine, *args, **kwargs)
         if is_whole and _is_enabled(engine.config or {}):  # not inside of a subclass's
             attach(engine)
@@ -74,7 +75,7 @@ def attach(engine: Any) -> None:
     process was not started by `mnemosyne run`, or the engine is of a kind that is not
     protected yet.
     """
-    manager = _manager()
+    manager = _manager(engine.config or {})
     config = Config.from_section((engine.config or {}).get("mnemosyne", {}))
     # Imported here, so that a process that only imports deepspeed does not pay for it.
     from mnemosyne_plugin.adapters.deepspeed import hooks, pipe
@@ -142,7 +143,7 @@ def _is_enabled(config: Mapping[str, Any]) -> bool:
     return section is not None and Config.from_section(section).enabled
 
 
-def _manager() -> "Manager":
+def _manager(ds_config: Mapping[str, Any]) -> "Manager":
     manager = recovery.current()
     if manager is None:
         raise ConfigError(
@@ -150,4 +151,6 @@ def _manager() -> "Manager":
             "`mnemosyne run`: a launcher that kills all workers when one dies leaves "
             "nothing to recover; use `mnemosyne run`, or set mnemosyne.enabled to false"
         )
+    section = ds_config.get("mnemosyne", {})
+    manager.configure_device_proxy(Config.from_section(section).device_proxy)
     return manager
