@@ -50,6 +50,10 @@ MNEMOSYNE_EXPORT int mnemosyne_proxy_recover(int timeout_ms) {
 
 MNEMOSYNE_EXPORT void mnemosyne_proxy_kill() { Connection::instance().kill(); }
 
+// For a process that is to fork, and must have no thread: leaves no server
+// where none is in use.
+MNEMOSYNE_EXPORT void mnemosyne_proxy_rest() { Connection::instance().rest(); }
+
 MNEMOSYNE_EXPORT int mnemosyne_proxy_server_pid() {
   return Connection::instance().serverPid();
 }

@@ -95,6 +95,13 @@ int Connection::define(Handle* handle) {
   return prepare(kMapMemory, {handle});
 }
 
+void Connection::rest() {
+  if (state_ != State::kHealthy || is_attached_) return;
+  shutdown();
+  std::lock_guard<std::mutex> lock(mutex_);
+  forgetServer();
+}
+
 bool Connection::choose(int device) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (is_attached_ && chosen_device != device) return false;

@@ -94,6 +94,9 @@ class Connection {
   // As start(), and makes sure that the device is in use, so that device() is
   // valid.
   int use();
+  // Ends the server of a process that has only counted devices, and the thread
+  // that waits for it; the next call starts another.
+  void rest();
   // The device that the process uses from now on. False if it uses another
   // already.
   bool choose(int device);

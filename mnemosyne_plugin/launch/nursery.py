@@ -6,6 +6,7 @@ which sees its exit code or signal exactly. ``main`` runs in the nursery and, af
 a fork, in the worker; ``Nursery`` is the agent's handle of it.
 """
 
+import functools
 import gc
 import importlib
 import importlib.util
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mnemosyne_plugin import proxy
 from mnemosyne_plugin.errors import PeerLost
 from mnemosyne_plugin.launch.prctl import die_with_parent
 from mnemosyne_plugin.recovery.channel import Channel
@@ -125,12 +127,30 @@ def main(on_phase: OnPhase | None = None) -> None:
     from mnemosyne_plugin.launch import worker
 
     worker.import_runtime()
+    own_count = _count_devices_forkably()
     while channel is not None:
-        channel = _serve(channel, agent_pid, on_phase)
+        channel = _serve(channel, agent_pid, on_phase, own_count)
+
+
+def _count_devices_forkably() -> Callable[[], None]:
+    """Have torch count devices, as DeepSpeed does when imported, and stay forkable.
+
+    With the device proxy torch's own count would start a server, with a thread that
+    waits for it, and it forbids CUDA in all forks. Returns what brings it back.
+    """
+    c, device = sys.modules["torch"]._C, proxy.loaded()
+    own = getattr(c, "_cuda_getDeviceCount", None)  # not in a torch for the CPU
+    if device is None or own is None:
+        return lambda: None
+    c._cuda_getDeviceCount = functools.cache(device.count_devices)
+    return functools.partial(setattr, c, "_cuda_getDeviceCount", own)
 
 
 def _serve(
-    channel: Channel, agent_pid: int, on_phase: OnPhase | None
+    channel: Channel,
+    agent_pid: int,
+    on_phase: OnPhase | None,
+    own_count: Callable[[], None],
 ) -> Channel | None:
     """Warm up, then fork until the agent closes the channel.
 
@@ -156,6 +176,7 @@ def _serve(
                 os.setsid()
                 return Channel(fd)
             gc.enable()
+            own_count()
             _reseed()
             from mnemosyne_plugin.launch import worker
 

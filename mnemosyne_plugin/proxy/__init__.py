@@ -159,6 +159,13 @@ class DeviceProxy:
                 break
         raise FatalError(f"the device does not come back: {self.describe_loss()}")
 
+    def count_devices(self) -> int:
+        """Return how many there are; leaves no server and no thread that was not."""
+        count = ctypes.c_int(0)
+        self._c.cudaGetDeviceCount(ctypes.byref(count))
+        self._c.mnemosyne_proxy_rest()
+        return count.value
+
     def kill(self) -> None:
         """End the server: the way out of a device that hangs."""
         self._c.mnemosyne_proxy_kill()

@@ -12,16 +12,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import deepspeed
 import gpt
 import torch
 import torch.distributed as dist
 from killing import Killing
 from torch import Tensor, nn
-
-from mnemosyne_plugin.autoload import autoload
-
-autoload()  # where the package is installed, and not on the path only, torch does
-import deepspeed  # noqa: E402
 
 
 class Model(nn.Module):

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 LIB = ROOT / "mnemosyne_plugin" / "proxy" / "lib"
 KERNELS = ROOT / "build" / "proxy_torch" / "libtorch_host_kernels.so"
+ENTRY_POINT = ROOT / "build" / "proxy_torch"
 PYTHON = os.environ.get("MNEMOSYNE_CUDA_PYTHON", "")
 
 # It needs 5 GB of NVIDIA's libraries: not a part of `make test`.
@@ -31,7 +32,7 @@ def environment(**variables: str) -> dict[str, str]:
         # A kernel without a host function is an error.
         "MNEMOSYNE_EMULATED": "",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}:{ENTRY_POINT}",
         **variables,
     }
 
@@ -59,11 +60,19 @@ class Job:
     groups: set[tuple[int, tuple[int, ...]]]
 
 
-def train(program: str, folder: Path, *args: str, device_timeout_s: int = 2) -> Job:
+def train(
+    program: str,
+    folder: Path,
+    *args: str,
+    device_timeout_s: int | None = 2,
+    preload: str = "torch",
+) -> Job:
     """Run a training program of this folder on two ranks to its good end."""
+    _make_entry_point()
     run_dir = folder / "run"
-    timeout = f"--device-timeout={device_timeout_s}"
-    launcher = ["--nproc-per-node=2", timeout, f"--run-dir={run_dir}"]
+    launcher = ["--nproc-per-node=2", f"--preload={preload}", f"--run-dir={run_dir}"]
+    if device_timeout_s is not None:
+        launcher.append(f"--device-timeout={device_timeout_s}")
     launch(program, *args, f"--log={folder / 'log'}", launcher=launcher)
     events = read_events(run_dir)
     recovered = [e.fields["rank"] for e in events if e.name == "device_recovered"]
@@ -74,6 +83,16 @@ def train(program: str, folder: Path, *args: str, device_timeout_s: int = 2) -> 
         ranks_that_hung=[e.fields["rank"] for e in events if e.name == "device_hangs"],
         pids={e.fields["pid"] for e in events if e.name == "seated"},
         groups={(each["rank"], tuple(each["ids"])) for each in groups},
+    )
+
+
+def _make_entry_point() -> None:
+    """Have torch find our hooks, as if the package was installed for that python."""
+    folder = ENTRY_POINT / "mnemosyne_plugin-0.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text("Name: mnemosyne-plugin\nVersion: 0\n")
+    (folder / "entry_points.txt").write_text(
+        "[torch.backends]\nmnemosyne = mnemosyne_plugin.autoload:autoload\n"
     )
 
 

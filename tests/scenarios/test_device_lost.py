@@ -15,6 +15,7 @@ from verdict import (
 SCRIPT = Path(__file__).parent / "scripts" / "lose_devices.py"
 STEPS = 24
 NUM_RANKS = 3
+EMULATED = {"MNEMOSYNE_PROXY_DEVICE": "emulated", "DS_ACCELERATOR": "cpu"}
 Job = Callable[..., LocalCluster]
 
 
@@ -100,20 +101,20 @@ def test_deepspeed_goes_on_after_losses_in_each_phase(
     train: Job, undisturbed: Job, config: str
 ) -> None:
     lose = [
-        *("1:2:forward", "2:4:backward", "0:6:reduce", "3:8:vote", "1:10:optimizer"),
-        *("2:12:gather", "0:14:between", "1:16:forward", "2:16:backward"),
-        *("0:18:optimizer", "3:18:optimizer", "1:20:recovery", "2:20:vote"),
+        *("1:1:forward", "2:2:backward", "0:4:reduce", "3:5:vote", "1:6:optimizer"),
+        *("2:7:gather", "0:9:between", "1:10:forward", "2:10:backward"),
+        *("0:12:optimizer", "3:12:optimizer", "1:14:recovery", "2:14:vote"),
     ]
     job = train(
-        steps=24,
+        steps=16,
         config=config,
         script=SCRIPT.with_name("lose_devices_deepspeed.py"),
         num_standbys=0,
-        launch_args=["--device-proxy"],
-        env={"MNEMOSYNE_PROXY_DEVICE": "emulated", "LOSE": " ".join(lose)},
+        launch_args=["--device-proxy", "--preload=deepspeed"],
+        env=EMULATED | {"LOSE": " ".join(lose)},
     )
     assert job.wait(90) == [0], job.output()
-    assert_same_training(job, undisturbed(steps=24, config=config), {})
+    assert_same_training(job, undisturbed(steps=16, config=config), {})
     assert_survivors_stayed(job, {})
     num_phases = len(lose) - ("zero" not in config)  # without a shard nothing gathers
     assert len(job.events("device_recovered")) == num_phases, job.output()
@@ -127,8 +128,8 @@ def test_a_shard_that_is_lost_before_it_has_a_copy_ends_the_job(train: Job) -> N
         config="ds_config_gpt_zero1",
         script=SCRIPT.with_name("lose_devices_deepspeed.py"),
         num_standbys=0,
-        launch_args=["--device-proxy", "--max-restarts=0"],
-        env={"MNEMOSYNE_PROXY_DEVICE": "emulated", "LOSE": "1:0:between"},
+        launch_args=["--device-proxy", "--max-restarts=0", "--preload=deepspeed"],
+        env=EMULATED | {"LOSE": "1:0:between"},
     )
     assert job.wait(50) == [3], job.output()
     assert "rank 1 lost its device before there was a copy of its shard" in job.output()
