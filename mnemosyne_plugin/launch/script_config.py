@@ -1,6 +1,6 @@
-"""What `mnemosyne run` has to know of a ds_config before python starts.
+"""What `mnemosyne run` has to know of a script's choices before python starts.
 
-Only where the script's arguments name the file, in one of the usual ways.
+Only where its arguments name the ds_config in one of the usual ways, or are Megatron's.
 """
 
 import json
@@ -9,15 +9,18 @@ from pathlib import Path
 
 from mnemosyne_plugin.config import Config, DeviceProxyConfig
 
+_OF_MEGATRON = "--mnemosyne-device-proxy"
 _OPTIONS = ("--deepspeed_config", "--ds_config", "--deepspeed")
 
 
 def device_proxy_choice(arguments: Sequence[str]) -> DeviceProxyConfig | None:
-    """Return what the ds_config of a script with these arguments says; else None.
+    """Return what a script with these arguments, or its ds_config, asks for; or None.
 
     Raises ConfigError if its section is wrong. A file that cannot be read is for the
     script to complain of.
     """
+    if _OF_MEGATRON in arguments:
+        return DeviceProxyConfig()
     for name in _named_files(arguments):
         try:
             content = json.loads(Path(name).read_text())

@@ -9,8 +9,9 @@ import pytest
 from mnemosyne_plugin import recovery
 from mnemosyne_plugin.adapters.megatron import arguments
 from mnemosyne_plugin.adapters.megatron.training import hook
-from mnemosyne_plugin.config import Config
+from mnemosyne_plugin.config import Config, DeviceProxyConfig
 from mnemosyne_plugin.errors import ConfigError
+from mnemosyne_plugin.launch.script_config import device_proxy_choice
 
 
 @pytest.fixture
@@ -66,6 +67,21 @@ def test_what_cannot_take_effect_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(*words.split(), **megatron)
+
+
+def test_the_device_proxy_is_asked_for_before_megatron_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+    manager = SimpleNamespace(configure_device_proxy=asked.append)
+    monkeypatch.setattr(recovery, "_installed", [manager])
+    choice = DeviceProxyConfig(enabled=True)
+    words = ["--mnemosyne", "--mnemosyne-device-proxy"]
+    assert parse(*words) == Config(device_proxy=choice)
+    assert choice in asked
+    assert device_proxy_choice(words) == choice  # of the script's arguments
+    with pytest.raises(ConfigError, match="--mnemosyne-device-proxy needs --mnemosyne"):
+        parse(words[1])
 
 
 def test_the_option_needs_our_launcher() -> None:

@@ -127,6 +127,7 @@ def protect(
     from mnemosyne_plugin.data import positions
     from mnemosyne_plugin.state.torch_state import Frozen
 
+    manager.configure_device_proxy(config.device_proxy)
     redundancy = Redundancy.of(config, True, manager.nodes)
     is_to_speak = manager.rank == 0 and not manager.is_setting_up_alone
     if is_to_speak:

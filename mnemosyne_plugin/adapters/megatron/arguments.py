@@ -75,16 +75,19 @@ def config_of(args: argparse.Namespace) -> Config | None:
 
     Raises ConfigError if an option was given that cannot take effect.
     """
-    given = {
+    given: dict[str, Any] = {
         name: value
         for name in _HELP
         if (value := getattr(args, f"mnemosyne_{name}", None)) is not None
     }
+    if getattr(args, "mnemosyne_device_proxy", False):
+        given["device_proxy"] = {"enabled": True}
     if not getattr(args, "mnemosyne", False):
         for name in given:
             raise ConfigError(f"--mnemosyne-{_dashed(name)} needs --mnemosyne as well")
         return None
-    if recovery.current() is None:
+    manager = recovery.current()
+    if manager is None:
         raise ConfigError(
             "--mnemosyne is given, but this process was not started by `mnemosyne "
             "run`: a launcher that kills all workers when one dies leaves nothing to "
@@ -99,7 +102,10 @@ def config_of(args: argparse.Namespace) -> Config | None:
             f"mnemosyne cannot protect --async-save by --async-strategy {strategy} "
             "yet; add --async-strategy mcore"
         )
-    return Config.from_section(given, "--mnemosyne-", _dashed)
+    config = Config.from_section(given, "--mnemosyne-", _dashed)
+    if config.device_proxy is not None:
+        manager.configure_device_proxy(config.device_proxy)
+    return config
 
 
 def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -108,6 +114,12 @@ def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--mnemosyne",
         action="store_true",
         help="survive the loss of workers without a restart; needs `mnemosyne run`",
+    )
+    group.add_argument(
+        "--mnemosyne-device-proxy",
+        action="store_true",
+        help="survive the loss of a GPU without a new process; `mnemosyne run "
+        "--device-proxy` does the same",
     )
     defaults = {field.name: field.default for field in fields(Config)}
     for name, text in _HELP.items():
