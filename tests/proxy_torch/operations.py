@@ -194,6 +194,8 @@ def integers() -> Iterator[tuple[str, Operation, list[Tensor]]]:
     """Yield what indices and masks are made with."""
     a = torch.arange(70).reshape(7, 10)
     yield "arange", lambda x: torch.arange(3, 90, 2, device=x.device), [a]
+    yield "clamp integers", lambda x: x.clamp(5, 60), [a]
+    yield "clamp int", lambda x: x.int().clamp(min=5), [a]
     floats = torch.float32
     yield "arange floats", lambda x: torch.arange(9, device=x.device, dtype=floats), [a]
     yield "pow by tensor", lambda x: x.float() ** (x > 9).float(), [a]
@@ -286,6 +288,14 @@ def normal(dtype: torch.dtype) -> float:
     return max(abs(float(x.mean()) - 2), abs(float(x.std()) - 0.5), abs(tails - 0.0455))
 
 
+def uniform(dtype: torch.dtype) -> float:
+    """Compare mean, spread and bounds with what they should be."""
+    x = torch.empty(10_000, device="cuda", dtype=dtype).uniform_(1, 3).cpu().float()
+    if float(x.min()) < 1 or float(x.max()) >= 3:
+        return float("inf")
+    return max(abs(float(x.mean()) - 2), abs(float(x.std()) - 1 / 3**0.5))
+
+
 def main() -> int:
     """Run all of them."""
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -310,6 +320,7 @@ def main() -> int:
     report("dropout", dropout(), 0.02)
     for dtype in (torch.float32, torch.bfloat16):
         report(f"normal {dtype}", normal(dtype), 0.02)
+        report(f"uniform {dtype}", uniform(dtype), 0.02)
     print("failed", failed)
     return 1 if failed else 0
 

@@ -127,6 +127,10 @@ void addComparisons(RegisterKernel* add_to) {
   addFor<int64_t>(add_to);
   addElementwise<Not<bool>>(add_to, lambda<bool>("23logical_not_kernel_cuda"));
   addElementwise<Not<bool>>(add_to, lambda<bool>("23bitwise_not_kernel_cuda"));
+  addElementwise<Clamp<int32_t>>(add_to,
+                                 lambda<int32_t>("19launch_clamp_scalar"));
+  addElementwise<Clamp<int64_t>>(add_to,
+                                 lambda<int64_t>("19launch_clamp_scalar"));
   addElementwise<Where<uint32_t>>(add_to, "Z*17where_kernel_impl*EUlbjjE_");
   addElementwise<Where<uint16_t>>(add_to, "Z*17where_kernel_impl*EUlbttE_");
   addElementwise<Where<uint64_t>>(add_to, "Z*17where_kernel_impl*EUlbmmE_");

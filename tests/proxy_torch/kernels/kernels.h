@@ -16,7 +16,7 @@ void addForeach(RegisterKernel* add_to);
 void addIndexing(RegisterKernel* add_to);
 void addLayerNorm(RegisterKernel* add_to);
 void addLoss(RegisterKernel* add_to);
-void addNormal(RegisterKernel* add_to);
+void addRandom(RegisterKernel* add_to);
 void addReductions(RegisterKernel* add_to);
 void addSoftmax(RegisterKernel* add_to);
 void addUnary(RegisterKernel* add_to);

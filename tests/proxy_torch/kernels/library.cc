@@ -9,7 +9,7 @@ extern "C" __attribute__((visibility("default"))) void
 mnemosyne_register_kernels(RegisterKernel* add_to) {
   for (auto* add : {addArithmetic, addAttention, addComparisons, addCopies,
                     addDropout, addForeach, addIndexing, addLayerNorm, addLoss,
-                    addNormal, addReductions, addSoftmax, addUnary}) {
+                    addRandom, addReductions, addSoftmax, addUnary}) {
     add(add_to);
   }
 }
