@@ -19,9 +19,8 @@ LAYOUTS = {
 }
 
 
-def run(folder: Path, *args: str) -> Job:
-    """Run a job. Its groups connect in set-up, where ranks wait for each other."""
-    return train(PROGRAM, folder, *args, device_timeout_s=5)
+def run(folder: Path, *args: str, device_timeout_s: int = 60) -> Job:
+    return train(PROGRAM, folder, *args, device_timeout_s=device_timeout_s)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,7 @@ def test_a_device_that_hangs_is_replaced_and_others_are_not(
     undisturbed: Callable[[str], Job], tmp_path: Path
 ) -> None:
     hang = ["--victim=1", "--fault=hang", "--kill-within=3000"]
-    job = run(tmp_path, *LAYOUTS["pp2"], *hang)
+    job = run(tmp_path, *LAYOUTS["pp2"], *hang, device_timeout_s=5)
     assert job.lines == undisturbed("pp2").lines
     assert set(job.num_recoveries) == {1}
     assert len(job.pids) == len(job.groups) == 2
