@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "ccl/backend.h"
-#include "ccl/device_backend.h"
-#include "ccl/fenced_store.h"
+#include "ccl/backend_device.h"
+#include "ccl/backend_store.h"
 #include "ccl/mesh.h"
 #include "common/error.h"
 

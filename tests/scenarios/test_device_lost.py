@@ -44,7 +44,7 @@ def test_a_lost_device_costs_no_worker_and_no_bit(cluster: Job, tmp_path: Path) 
         *("1:2:forward", "2:4:backward", "0:6:optimizer", "1:8:mutated"),
         *("2:10:between", "0:12:forward", "1:12:forward", "2:0:backward"),
         *("0:14:optimizer", "1:14:mutated", "2:16:mutated", "0:17:between"),
-        *("1:18:vote", "0:20:vote", "2:20:vote"),
+        *("1:18:vote", "0:20:vote", "2:21:vote"),
     ]
     job = job_in(tmp_path / "lost", lose, ["--device-proxy"])
     assert job.wait(90) == [0], job.output()
@@ -79,7 +79,7 @@ def test_a_device_that_the_same_step_breaks_each_time_ends_the_job(
 def test_a_job_whose_devices_are_all_lost_ends_and_says_why(
     cluster: Job, tmp_path: Path
 ) -> None:
-    lose = [f"{rank}:3:forward" for rank in range(NUM_RANKS)]
+    lose = [f"{rank}:3:together" for rank in range(NUM_RANKS)]
     job = cluster(
         folder=tmp_path / "job",
         script=SCRIPT,

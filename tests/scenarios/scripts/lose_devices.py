@@ -29,8 +29,11 @@ class Losing:
         self._calls = -1
         self.step = 0
 
+    def is_due(self, name: str) -> bool:
+        return (self.step, name) in self._points
+
     def at(self, name: str) -> None:
-        if (self.step, name) not in self._points:
+        if not self.is_due(name):
             return
         if name != "always":
             self._points.remove((self.step, name))
@@ -51,7 +54,7 @@ class Losing:
     def vote(self) -> None:
         """Vote; if the device is lost in it, hear of the loss before the outcome."""
         plain_vote()
-        if (self.step, "vote") in self._points:
+        if self.is_due("vote"):
             self.at("vote")
             manager = recovery.current()
             assert manager.is_doomed
@@ -68,6 +71,9 @@ class Hooked(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         losing.at("forward")
+        if losing.is_due("together"):
+            torch.distributed.barrier()  # nobody looks for failures from here on
+            losing.at("together")
         losing.at("always")
         y = x.clone()
         if y.requires_grad:

@@ -1,4 +1,4 @@
-#include "ccl/fenced_store.h"
+#include "ccl/backend_store.h"
 
 #include <algorithm>
 

@@ -1,4 +1,4 @@
-#include "ccl/inner.h"
+#include "ccl/backend_inner.h"
 
 #include <utility>
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "ccl/backend.h"
-#include "ccl/inner.h"
+#include "ccl/backend_inner.h"
 
 namespace mnemosyne::ccl {
 

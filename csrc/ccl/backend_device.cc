@@ -1,4 +1,4 @@
-#include "ccl/device_backend.h"
+#include "ccl/backend_device.h"
 
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
