@@ -96,7 +96,10 @@ def test_a_job_whose_devices_are_all_lost_ends_and_says_why(
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("config", ["ds_config_gpt", "ds_config_gpt_zero1"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param("ds_config_gpt", marks=pytest.mark.long), "ds_config_gpt_zero1"],
+)
 def test_deepspeed_goes_on_after_losses_in_each_phase(
     train: Job, undisturbed: Job, config: str
 ) -> None:
