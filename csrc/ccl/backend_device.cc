@@ -1,6 +1,5 @@
 #include "ccl/backend_device.h"
 
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -60,7 +59,7 @@ size_t sizeOf(T& value) {
 template <typename... Args>
 Tensors outputsOf(const Args&... args) {
   Tensors all;
-  const auto add = [&](const auto& arg) {
+  [[maybe_unused]] const auto add = [&](const auto& arg) {
     if (arg.role != Role::kInput)
       forEach(*arg.value, [&](at::Tensor& tensor) { all.push_back(tensor); });
   };
@@ -147,13 +146,21 @@ class StagedWork final : public c10d::Work {
 };
 
 // Fences the mesh if it is not yet: what one rank cannot do is everybody's
-// failure. Returns if the failure is to be absorbed, else throws it.
-void absorb(Mesh& mesh, const Group& group, const std::string& why) {
+// failure. Returns if the failure is to be absorbed, else throws it. `epoch`:
+// in which the operation began; a later one has nothing to do with it.
+void absorb(Mesh& mesh, const Group& group, int64_t epoch,
+            const std::string& why) {
+  const StaleEpoch stale("group " + group.name() + " of epoch " +
+                             std::to_string(epoch) +
+                             " has ended on its device: " + why,
+                         -1, epoch);
+  if (mesh.currentEpoch() != epoch) throw stale;
   if (!mesh.hasFailed())
     mesh.fence("group " + group.name() + " failed on its device: " + why, -1);
   if (mesh.absorbsFailure() && group.canAbsorb()) return;
   if (const std::exception_ptr failure = mesh.failure())
     std::rethrow_exception(failure);
+  throw stale;  // a new epoch has come in between
 }
 
 std::string describe(const std::exception_ptr& error) {
@@ -175,7 +182,8 @@ class InnerWork final : public c10d::Work {
         work_(std::move(work)),
         mesh_(std::move(mesh)),
         group_(std::move(group)),
-        outputs_(std::move(outputs)) {}
+        outputs_(std::move(outputs)),
+        epoch_(mesh_->currentEpoch()) {}
 
   bool isCompleted() override { return work_->isCompleted(); }
   bool isSuccess() const override { return exception() == nullptr; }
@@ -205,9 +213,10 @@ class InnerWork final : public c10d::Work {
   FuturePtr getFuture() override {
     const FuturePtr future = work_->getFuture();
     return future->then(
-        [mesh = mesh_, group = group_, outputs = outputs_](Future& done) {
+        [mesh = mesh_, group = group_, epoch = epoch_,
+         outputs = outputs_](Future& done) {
           if (!done.hasError()) return done.value();
-          absorb(*mesh, *group, describe(done.exception_ptr()));
+          absorb(*mesh, *group, epoch, describe(done.exception_ptr()));
           return c10::IValue(outputs);
         },
         future->elementType());
@@ -219,7 +228,7 @@ class InnerWork final : public c10d::Work {
     try {
       return call();
     } catch (...) {
-      absorb(*mesh_, *group_, describe(std::current_exception()));
+      absorb(*mesh_, *group_, epoch_, describe(std::current_exception()));
       return true;
     }
   }
@@ -228,6 +237,7 @@ class InnerWork final : public c10d::Work {
   const std::shared_ptr<Mesh> mesh_;
   const std::shared_ptr<Group> group_;
   const Tensors outputs_;
+  const int64_t epoch_;
 };
 
 }  // namespace
@@ -285,34 +295,63 @@ template <typename Call, typename... Args>
 WorkPtr DeviceBackend::runInner(const Route& route, const Call& call,
                                 Args... args) {
   const std::shared_ptr<Group> group = this->group();
+  const int64_t epoch = mesh()->currentEpoch();
+  // From here on a failure finds this group busy: whoever comes second, the
+  // failure or the operation, sees the other.
+  const Inner::Use use(*inner_);
   try {
-    if (!mesh()->hasFailed()) {
-      const Inner::BackendPtr inner =
-          inner_->get(*group, mesh()->currentEpoch());
+    if (mesh()->hasFailed()) {
+      absorb(*mesh(), *group, epoch, "");
+    } else if (const auto inner = connected(*group, epoch)) {
       joinBundle(inner);
       WorkPtr work = call(*inner, *args.value...);
       inner_->note(work, route.to, route.from);
       ++num_inner_;
+      if (mesh()->hasFailed()) inner_->abort();
       if (!work) return nullptr;
       return keep(c10::make_intrusive<InnerWork>(
           getRank(), std::move(work), mesh(), group, outputsOf(args...)));
     }
-    absorb(*mesh(), *group, "");
   } catch (const c10::DistBackendError& error) {
-    absorb(*mesh(), *group, error.what_without_backtrace());
+    inner_->fail();
+    fail(*group, epoch, error.what_without_backtrace());
   } catch (...) {
     // With no failure it is the caller's mistake.
     if (!mesh()->hasFailed()) throw;
-    absorb(*mesh(), *group, "");
+    inner_->fail();
+    fail(*group, epoch, "");
   }
   // What an absorbed operation leaves behind must be finite.
   const at::NoGradGuard no_grad;
-  const auto clear = [](const auto& arg) {
+  [[maybe_unused]] const auto clear = [](const auto& arg) {
     if (arg.role == Role::kOutput)
       forEach(*arg.value, [](at::Tensor& tensor) { tensor.zero_(); });
   };
   (clear(args), ...);
   return c10::make_intrusive<DoneWork>(getRank(), outputsOf(args...));
+}
+
+// Null if it cannot be had, and that is absorbed.
+Inner::BackendPtr DeviceBackend::connected(const Group& group, int64_t epoch) {
+  try {
+    return inner_->get(group, epoch);
+  } catch (...) {
+    // Whatever it is, the others have what this rank has not.
+    fail(group, epoch, describe(std::current_exception()));
+    return nullptr;
+  }
+}
+
+// As absorb(); but nothing may leave a bundle open: its end tells.
+void DeviceBackend::fail(const Group& group, int64_t epoch,
+                         const std::string& why) {
+  try {
+    absorb(*mesh(), group, epoch, why);
+  } catch (...) {
+    std::lock_guard<std::mutex> lock(bundle_mu_);
+    if (!is_bundling_) throw;
+    bundle_error_ = std::current_exception();
+  }
 }
 
 // ---------------------------------------------------------------- bundles
@@ -321,6 +360,9 @@ void DeviceBackend::startCoalescing() {
   MnemosyneBackend::startCoalescing();
   std::lock_guard<std::mutex> lock(bundle_mu_);
   is_bundling_ = true;
+  bundling_ = nullptr;
+  bundle_.clear();
+  bundle_error_ = nullptr;
 }
 
 // The inner one joins a bundle with its first operation: it is not asked for
@@ -340,22 +382,28 @@ WorkPtr DeviceBackend::keep(WorkPtr work) {
 
 WorkPtr DeviceBackend::endCoalescing() {
   std::vector<WorkPtr> works = {MnemosyneBackend::endCoalescing()};
+  const std::shared_ptr<Group> group = this->group();
+  const int64_t epoch = mesh()->currentEpoch();
+  const Inner::Use use(*inner_);
   std::lock_guard<std::mutex> lock(bundle_mu_);
   is_bundling_ = false;
   for (WorkPtr& work : std::exchange(bundle_, {}))
     works.push_back(std::move(work));
+  std::exception_ptr error = std::exchange(bundle_error_, nullptr);
   if (const auto inner = std::exchange(bundling_, nullptr)) {
-    const std::shared_ptr<Group> group = this->group();
     try {
       if (WorkPtr work = inner->endCoalescing()) {
         inner_->watch(work);
         works.push_back(c10::make_intrusive<InnerWork>(
             getRank(), std::move(work), mesh(), group, Tensors()));
       }
+      if (mesh()->hasFailed()) inner_->abort();
     } catch (...) {
-      absorb(*mesh(), *group, describe(std::current_exception()));
+      inner_->fail();
+      absorb(*mesh(), *group, epoch, describe(std::current_exception()));
     }
   }
+  if (error) std::rethrow_exception(error);
   return MnemosyneBackend::join(std::move(works));
 }
 
@@ -591,26 +639,22 @@ WorkPtr DeviceBackend::recv(Tensors& tensors, int rank, int tag) {
       out(tensors));
 }
 
-// From whom is known too late to count it: for the others the group stands
-// where it did, and so the next repair makes it anew.
+// NCCL cannot, either.
 WorkPtr DeviceBackend::recvAnysource(Tensors& tensors, int tag) {
-  if (!isHere(tensors)) return MnemosyneBackend::recvAnysource(tensors, tag);
-  return run(
-      {sizeOf(tensors)},
-      [&](Backend& to, Tensors& a) { return to.recvAnysource(a, tag); },
-      out(tensors));
+  TORCH_CHECK(!isHere(tensors),
+              "mnemosyne receives from any rank into host memory only");
+  return MnemosyneBackend::recvAnysource(tensors, tag);
 }
 
-// Behind it all that the ranks have given to their devices has happened.
+// Behind it all that was begun before it has ended.
 WorkPtr DeviceBackend::barrier(const c10d::BarrierOptions& opts) {
+  if (!is_staging && mesh()->setup() == Mesh::Setup::kNone && inner_->current())
+    return runInner({0}, [&](Backend& to) { return to.barrier(opts); });
   try {
     inner_->wait();
-    if (device_ != c10::kCPU && inner_->current()) {
-      const c10::impl::VirtualGuardImpl device(device_);
-      device.synchronizeDevice(device.getDevice().index());
-    }
   } catch (...) {
-    absorb(*mesh(), *group(), describe(std::current_exception()));
+    absorb(*mesh(), *group(), mesh()->currentEpoch(),
+           describe(std::current_exception()));
   }
   return MnemosyneBackend::barrier(opts);
 }

@@ -100,6 +100,8 @@ class DeviceBackend final : public MnemosyneBackend {
   WorkPtr runInner(const Route& route, const Call& call, Args... args);
   void joinBundle(const Inner::BackendPtr& inner);
   WorkPtr keep(WorkPtr work);
+  Inner::BackendPtr connected(const Group& group, int64_t epoch);
+  void fail(const Group& group, int64_t epoch, const std::string& why);
 
   const c10::DeviceType device_;
   const Inner::Make make_;
@@ -108,7 +110,8 @@ class DeviceBackend final : public MnemosyneBackend {
   std::mutex bundle_mu_;
   bool is_bundling_ = false;    // guarded by bundle_mu_
   Inner::BackendPtr bundling_;  // guarded by bundle_mu_: the one that coalesces
-  std::vector<WorkPtr> bundle_;  // guarded by bundle_mu_
+  std::vector<WorkPtr> bundle_;      // guarded by bundle_mu_
+  std::exception_ptr bundle_error_;  // guarded by bundle_mu_
 };
 
 }  // namespace mnemosyne::ccl

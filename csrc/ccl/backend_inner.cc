@@ -58,6 +58,7 @@ Inner::BackendPtr Inner::current() const {
 }
 
 void Inner::note(const WorkPtr& work, int to, int from) {
+  std::vector<WorkPtr> ended;
   std::lock_guard<std::mutex> lock(mu_);
   if (to >= 0) {
     ++standing_.sent.at(to);
@@ -66,42 +67,57 @@ void Inner::note(const WorkPtr& work, int to, int from) {
   } else {
     ++standing_.collectives;
   }
-  if (work) put(work);
+  ended = prune();
+  if (work) flight_.push_back({work, to >= 0 || from >= 0});
 }
 
 void Inner::watch(const WorkPtr& work) {
   std::lock_guard<std::mutex> lock(mu_);
-  put(work);
+  flight_.push_back({work, true});
 }
 
 void Inner::wait() {
-  std::deque<WorkPtr> flight;
+  std::vector<WorkPtr> awaited;
   {
     std::lock_guard<std::mutex> lock(mu_);
-    prune();
-    flight = flight_;
+    for (const Flight& each : flight_)
+      if (!each.is_message) awaited.push_back(each.work);
   }
-  for (const WorkPtr& work : flight) work->wait();
+  for (const WorkPtr& work : awaited) work->wait();
 }
 
-void Inner::put(const WorkPtr& work) {
-  prune();
-  flight_.push_back(work);
+void Inner::fail() {
+  std::lock_guard<std::mutex> lock(mu_);
+  has_failed_ = true;
 }
 
-void Inner::prune() {
-  while (!flight_.empty() && flight_.front()->isCompleted()) {
-    has_failed_ |= flight_.front()->exception() != nullptr;
+void Inner::count(int change) {
+  std::lock_guard<std::mutex> lock(mu_);
+  num_uses_ += change;
+}
+
+std::vector<Inner::WorkPtr> Inner::prune() {
+  std::vector<WorkPtr> ended;
+  while (!flight_.empty() && flight_.front().work->isCompleted()) {
+    has_failed_ |= flight_.front().work->exception() != nullptr;
+    ended.push_back(std::move(flight_.front().work));
     flight_.pop_front();
   }
+  return ended;
 }
 
 Inner::Standing Inner::standing() {
+  std::vector<WorkPtr> ended;
   std::lock_guard<std::mutex> lock(mu_);
-  if (!backend_) return {};
-  prune();
+  if (!backend_) {
+    Standing none;
+    none.is_quiet = num_uses_ == 0;
+    return none;
+  }
+  ended = prune();
   Standing now = standing_;
-  now.is_quiet = flight_.empty() && !has_failed_ && !is_aborted_;
+  now.is_quiet =
+      flight_.empty() && num_uses_ == 0 && !has_failed_ && !is_aborted_;
   return now;
 }
 
@@ -119,7 +135,7 @@ void Inner::abort() {
 void Inner::drop() {
   std::lock_guard<std::mutex> making(making_mu_);
   BackendPtr backend;
-  std::deque<WorkPtr> flight;
+  std::deque<Flight> flight;
   std::lock_guard<std::mutex> lock(mu_);
   std::swap(backend, backend_);
   std::swap(flight, flight_);

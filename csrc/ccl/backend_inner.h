@@ -31,13 +31,27 @@ class Inner {
   // Null if there is none.
   BackendPtr current() const;
 
+  // While one of these lives it is not quiet: something is being asked of it.
+  class Use {
+   public:
+    explicit Use(Inner& inner) : inner_(inner) { inner_.count(1); }
+    ~Use() { inner_.count(-1); }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    Inner& inner_;
+  };
+
   // It was asked for a collective, or for a message to or from a rank. `work`:
   // null where it is part of a bundle.
   void note(const WorkPtr& work, int to, int from);
   // It has not done all before this is over.
   void watch(const WorkPtr& work);
-  // Waits as the operations that are in flight are waited for.
+  // Waits as the collectives that are in flight are waited for.
   void wait();
+  // What was asked of it has failed.
+  void fail();
 
   // What the ranks compare, to tell whether it can be used on.
   struct Standing {
@@ -55,8 +69,15 @@ class Inner {
   void drop();
 
  private:
-  void put(const WorkPtr& work);
-  void prune();
+  struct Flight {
+    WorkPtr work;
+    bool is_message;
+  };
+
+  void count(int change);
+  // Takes out what has ended, to be destroyed without mu_: tensors may need the
+  // interpreter's lock for it.
+  std::vector<WorkPtr> prune();
 
   const Make make_;
   std::mutex making_mu_;   // held while one is made
@@ -65,8 +86,9 @@ class Inner {
   bool is_making_ = false;
   bool is_aborted_ = false;
   bool has_failed_ = false;  // something that was asked of it
+  int num_uses_ = 0;
   Standing standing_;
-  std::deque<WorkPtr> flight_;
+  std::deque<Flight> flight_;
 };
 
 }  // namespace mnemosyne::ccl

@@ -260,6 +260,7 @@ PYBIND11_MODULE(_C, m) {
           [](const DeviceBackend& backend) { return backend.group()->id(); })
       .def_property_readonly("inner",
                              [](const DeviceBackend& backend) {
+                               const py::gil_scoped_release release;
                                return backend.inner().current();
                              })
       .def("standing", &standingOf)

@@ -401,12 +401,14 @@ void Mesh::latch(std::exception_ptr error) {
 }
 
 void Mesh::setFailure(std::exception_ptr error) {
-  has_failed_ = error != nullptr;
-  if (!has_failed_) must_abort_ = false;
+  // Whoever sees the flag finds the failure.
+  const bool has_failed = error != nullptr;
+  if (!has_failed) has_failed_ = must_abort_ = false;
   {
     std::lock_guard<std::mutex> lock(failure_mu_);
     failure_ = std::move(error);
   }
+  has_failed_ = has_failed;
   has_failed_ ? setEvent(failure_fd_.get()) : clearEvent(failure_fd_.get());
 }
 

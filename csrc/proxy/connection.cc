@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "proxy/device_claim.h"
@@ -135,7 +136,7 @@ int Connection::attach() {
   if (!claim_) claim_ = claimDevice(devices_[chosen]);
   int error = attachTo(devices_[chosen]);
   const bool may_be_gone = error != 0 && error != kCudaOutOfMemory;
-  if (may_be_gone && generation_ > 1 && attachToAnother()) error = 0;
+  if (may_be_gone && had_device_ && attachToAnother()) error = 0;
   if (error != 0) {
     fail(error,
          "the device gives error " + std::to_string(error) + " at its start");
@@ -148,7 +149,7 @@ int Connection::attach() {
          "pointers would not outlive a server");
     return error_;
   }
-  is_attached_ = true;
+  is_attached_ = had_device_ = true;
   return 0;
 }
 
@@ -235,8 +236,9 @@ void Connection::giveSlot(uint16_t slot) {
 
 // Waits for the answer in `slot`, and frees it.
 int Connection::await(uint16_t slot, Answer* answer) {
-  const Waiting waiting(waits_[slot]);
   Reply& reply = segment_->replies[slot];
+  // Over before another thread may have the slot.
+  std::optional<Waiting> waiting(std::in_place, waits_[slot]);
   const auto pending = static_cast<uint32_t>(ReplyState::kPending);
   const auto awaited = static_cast<uint32_t>(ReplyState::kAwaited);
   uint32_t state = reply.state.load();
@@ -258,6 +260,7 @@ int Connection::await(uint16_t slot, Answer* answer) {
       if (size > 0) std::memcpy(answer->data, reply.data, size);
     }
   }
+  waiting.reset();
   giveSlot(slot);
   return result;
 }

@@ -215,6 +215,7 @@ class Connection {
   int num_devices_ = 0;
   int driver_version_ = 0;
   bool is_attached_ = false;
+  bool had_device_ = false;  // some server of this process
 
   std::atomic<State> state_{State::kOff};
   std::atomic<bool> is_lost_{false};  // the server of this generation has ended

@@ -285,6 +285,7 @@ int Connection::deliver(const CommandWriter& command, uint16_t reply) {
 void Connection::forgetServer() {
   if (state_ == State::kOff) return;
   new (&watcher_) std::thread;  // the other one does not exist here
+  had_device_ = false;
   server_.reset();
   spare_.reset();
   ring_.reset();

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mnemosyne_plugin.adapters.lost_device import Copies
+from mnemosyne_plugin.adapters.lost_device import Copies, ResultCopies
 from mnemosyne_plugin.adapters.redo import Commit, Redo
 from mnemosyne_plugin.errors import FatalError
 from mnemosyne_plugin.recovery.commit import Outcome
@@ -50,6 +50,7 @@ class _Step:
     copies: list[Copies] = field(default_factory=list)
     """Of the batches, where the device may be lost."""
     result: Any = None
+    kept_result: ResultCopies | None = None
 
 
 class WholeStep:
@@ -164,6 +165,8 @@ class WholeStep:
             for step in self._steps:
                 for copies in step.copies:
                     copies.put_back()
+                if step.kept_result is not None:
+                    step.kept_result.put_back()
             self._generation = generation
 
     def _make(self, step: _Step) -> None:
@@ -176,6 +179,9 @@ class WholeStep:
                 self._state.buffers.begin()
                 self._state.begin()
                 step.result = step.make()
+            if self._manager.has_device_proxy:
+                # It may be lost behind the step, which nobody makes again then.
+                step.kept_result = ResultCopies(step.result)
             with self.commit.unwound():
                 self._state.end()
             if self._manager.end() is Outcome.REDO:

@@ -22,7 +22,7 @@ DeviceGroup = _C.DeviceBackend
 
 _VARIABLE = "MNEMOSYNE_DEVICE_GROUPS"
 # A watchdog that ends the process, or asks a store for others, knows nothing of
-# recovery: who is lost is seen by the mesh, and what hangs by its manager.
+# recovery. Who is lost is seen by the mesh; nobody looks yet for what only NCCL sees.
 _SETTINGS = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
@@ -42,12 +42,20 @@ class Devices:
     make: Callable[[Store, int, int, timedelta, Any], Backend]
     """Of store, rank, size, timeout, and the options that the script gave."""
 
-    def connect(self, group: DeviceGroup) -> None:
+    def current(self) -> torch.device:
+        """Return the one that this thread uses."""
+        if self.type == "cuda":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device(self.type)
+
+    def connect(self, group: DeviceGroup, device: torch.device) -> None:
         """Make the group's backend and have it connect. Collective; any thread."""
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread begins with the first
         group.connect()
         inner = group.inner
-        if self.type != "cpu" and inner is not None:
-            inner.eager_connect_single_device(torch.device(self.type))
+        if device.type != "cpu" and inner is not None:
+            inner.eager_connect_single_device(device)
 
     def wait(self) -> None:
         """Wait for all that this process has given to its devices."""
@@ -82,7 +90,8 @@ def _nvidia(environment: MutableMapping[str, str]) -> Devices:
 def device_groups() -> list[DeviceGroup]:
     """Return those of this process's groups that have devices, oldest first."""
     cpu = torch.device("cpu")
-    backends = [group._get_backend(cpu) for group in list(c10d._world.pg_map)]
+    groups = [g for g in list(c10d._world.pg_map) if cpu in g._device_types]
+    backends = [group._get_backend(cpu) for group in groups]
     return [backend for backend in backends if isinstance(backend, DeviceGroup)]
 
 

@@ -38,6 +38,7 @@ class DeviceGroups:
         self._events = events
         self._find = find
         self._give_up = give_up
+        self._connecting: Sequence[DeviceGroup] = ()
         self._aborts: list[threading.Thread] = []
         self._abort_by = 0.0
         self._lock = threading.Lock()
@@ -89,10 +90,12 @@ class DeviceGroups:
     def _connect(self, groups: Sequence[DeviceGroup]) -> None:
         """Side by side: each takes its time to find its members."""
         errors: list[Exception] = []
+        device = self._devices.current() if groups else None
 
         def connect(group: DeviceGroup) -> None:
+            assert device is not None
             try:
-                self._devices.connect(group)
+                self._devices.connect(group, device)
             except Exception as error:
                 errors.append(error)
                 if self._mesh.failure() is None:
@@ -102,10 +105,12 @@ class DeviceGroups:
             threading.Thread(target=connect, args=(group,), name="mnemosyne-connect")
             for group in groups
         ]
+        self._connecting = groups
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()  # a failure of the mesh ends it
+            thread.join()  # a failure of the mesh ends it, by ``release``
+        self._connecting = ()
         if not errors:
             return
         failure = self._mesh.failure()
@@ -129,7 +134,8 @@ class DeviceGroups:
 
     def release(self) -> None:
         """A failure is latched: have the main thread wait for no other rank."""
-        self._abort([group for group in self._find() if not group.standing()[1]])
+        busy = [group for group in self._find() if not group.standing()[1]]
+        self._abort([*busy, *self._connecting])
 
     def watch(self) -> float | None:
         """Give this process up if an abort never ends; return when to look again."""

@@ -72,7 +72,7 @@ def test_a_collective_gives_what_gloo_gives(world: World, name: str) -> None:
     world.run(compare, name)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if "from_any" not in name])
 def test_a_collective_on_devices_gives_what_gloo_gives(
     devices: World, name: str
 ) -> None:
