@@ -129,9 +129,15 @@ class Peers:
             if self.watched.get(f"end/{epoch}/{self.rank}") == b"close":
                 return
             self.is_over.set()
-            self.device.abort_communicators()
-            self.watched.set(f"noticed/{epoch}/{self.rank}", "")
-            self.watched.wait([f"next/{epoch}/{self.rank}"])
+            is_next = False
+            while not is_next:
+                # Again and again: one that is only being asked for waits as well.
+                self.device.abort_communicators()
+                self.watched.set(f"noticed/{epoch}/{self.rank}", "")
+                with contextlib.suppress(dist.DistStoreError):
+                    next_one = [f"next/{epoch}/{self.rank}"]
+                    self.watched.wait(next_one, timedelta(seconds=1))
+                    is_next = True
 
     def close(self) -> None:
         """End the thread; all is done."""
