@@ -5,6 +5,7 @@ Only where its arguments name the ds_config in one of the usual ways, or are Meg
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from mnemosyne_plugin.config import Config, DeviceProxyConfig
@@ -36,7 +37,7 @@ def device_proxy_choice(arguments: Sequence[str]) -> DeviceProxyConfig | None:
 
 def _named_files(arguments: Sequence[str]) -> list[str]:
     names = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in pairwise([*arguments, ""]):
         option, _, value = argument.partition("=")
         if option.startswith("--") and "--" + option[2:].replace("-", "_") in _OPTIONS:
             names.append(value or following)

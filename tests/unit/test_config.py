@@ -88,6 +88,7 @@ def test_the_launcher_reads_a_ds_config_that_the_arguments_name(
 ) -> None:
     path = tmp_path / "ds_config.json"
     arguments = [option.replace("FILE", str(path)) for option in options]
+    assert device_proxy_choice([]) is None
     assert device_proxy_choice(arguments) is None  # no such file: the script says so
     for content in ("{", "[]", "{}", '{"mnemosyne": {}}'):
         path.write_text(content)
