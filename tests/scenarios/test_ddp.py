@@ -48,7 +48,7 @@ def test_ddp_survives_kills_and_an_abort_bit_for_bit(
     # The same on devices, of which host memory is one here.
     devices = {
         "MNEMOSYNE_DEVICE_GROUPS": "stand_in:links",
-        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONPATH": str(ROOT / "tests" / "contract"),
     }
     job = job_in(tmp_path / "devices", chaos, **devices)
     assert job.wait(60) == [0], job.output()

@@ -11,14 +11,14 @@ from matrix.plan import Configuration
 from matrix.runs import OK, Runs
 
 ROWS = (*deepspeed_plan.DIAGONAL, *megatron_plan.DIAGONAL)
-# The longest of them.
-LONG = "pp2v2-plain+overlap-fp32"
+# The longest of them, and one that test_user_scripts has in part.
+LONG = ("pp2v2-plain+overlap-fp32", "pipe+zero1-bf16")
 
 
 def parameters() -> Iterator[Any]:
     for configuration, victim in ROWS:
         name = configuration.name
-        marks = [pytest.mark.long] if name == LONG else []
+        marks = [pytest.mark.long] if name in LONG else []
         yield pytest.param(configuration, victim, id=f"{name}-{victim}", marks=marks)
 
 

@@ -44,8 +44,10 @@ def test_a_config_that_we_cannot_serve_ends_the_job_at_its_start(
     log = tmp_path / "losses.txt"
     args = [config_with(tmp_path, **changes), "--steps=3", f"--loss-log={log}"]
     job = cluster(script_args=args, procs_per_agent=2, num_standbys=0)
-    assert job.wait(45) != [0]
-    assert "ConfigError" in job.output() and named in job.output().lower()
+    codes = job.wait(45)
+    # What the launcher sees by itself is a wrong use of it.
+    assert codes == [2] or (codes != [0] and "ConfigError" in job.output())
+    assert named in job.output().lower()
     assert not job.losses()
     job.check_nothing_is_left()
 
