@@ -22,7 +22,6 @@ from mnemosyne_plugin.recovery.control import ControlGroup
 _START_TIMEOUT_S = 120.0
 _LAST_NCCL_RESULT = 8
 _NUM_NAMED = 8
-_AGAIN_S = 1.0
 _GRACE_S = 10.0  # for what waited for other ranks to end, once it is aborted
 
 
@@ -162,13 +161,8 @@ class Device:
             limit = _START_TIMEOUT_S if is_starting else min(limit, _GRACE_S)
             self._latched_at = self._latched_at or now
             waited = min(waited, now - self._latched_at)
-        if waited < limit and not is_latched:
-            return limit - waited
         if waited < limit:
-            if waited > 0:
-                # A communicator that was only being asked for at ``release``.
-                self.proxy.abort_communicators()
-            return min(limit - waited, _AGAIN_S)
+            return limit - waited
         if is_latched:
             self._latched_at = now
             self._events.emit("device_hangs", rank=self._rank, seconds=waited)

@@ -112,6 +112,7 @@ class Peers:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.store, self.watched = self.connect(), self.connect()
         self.epoch = 0
+        self.lock = threading.Lock()
         self.is_over = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
@@ -131,8 +132,11 @@ class Peers:
             self.is_over.set()
             is_next = False
             while not is_next:
-                # Again and again: one that is only being asked for waits as well.
-                self.device.abort_communicators()
+                with self.lock:
+                    if self.epoch == epoch:
+                        # Again and again: one that was only being asked for at the
+                        # first time waits as well. None of the next epoch, though.
+                        self.device.abort_communicators()
                 self.watched.set(f"noticed/{epoch}/{self.rank}", "")
                 with contextlib.suppress(dist.DistStoreError):
                     next_one = [f"next/{epoch}/{self.rank}"]
@@ -156,8 +160,9 @@ class Peers:
         keys = [f"step/{self.epoch}/{rank}" for rank in range(self.size)]
         earliest = min(int(self.store.get(key)) for key in keys)
         self.is_over.clear()
-        self.store.set(f"next/{self.epoch}/{self.rank}", "")
-        self.epoch += 1
+        with self.lock:
+            self.epoch += 1
+        self.store.set(f"next/{self.epoch - 1}/{self.rank}", "")
         return earliest
 
     def renew_communicators(self) -> bool:
