@@ -242,8 +242,7 @@ class InnerWork final : public c10d::Work {
 
 }  // namespace
 
-// ---------------------------------------------------------------- where it
-// runs
+// ---------------------------------------------------------------- ways
 
 template <typename... Values>
 bool DeviceBackend::isHere(Values&... values) const {

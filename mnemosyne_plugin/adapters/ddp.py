@@ -9,14 +9,13 @@ one ``optimizer.step()``. If a worker is lost in it, it is run again on repaired
 """
 
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mnemosyne_plugin import recovery
-from mnemosyne_plugin.adapters.lost_device import Copies, Results
+from mnemosyne_plugin.adapters.lost_device import Copies, Results, tell
 from mnemosyne_plugin.data import positions
 from mnemosyne_plugin.errors import ConfigError, FatalError
 from mnemosyne_plugin.recovery.commit import Outcome
@@ -244,6 +243,6 @@ def attach(
         model.reducer = _FixedBuckets(model.reducer)  # type: ignore[assignment]
     state = _DdpState(model, optimizer, scheduler)
     manager.attach(state, positions())
-    if manager.has_device_proxy and manager.is_speaker:
-        print(f"mnemosyne: {manager.describe_device()}", file=sys.stderr, flush=True)
+    if manager.is_speaker:
+        tell(manager)
     return Session(manager, state.buffers, optimizer, model)

@@ -11,7 +11,22 @@ from typing import Any
 
 import torch
 
+from mnemosyne_plugin.recovery.manager import Manager
+
 _LARGEST_RESULT = 256  # elements; a loss has one
+
+
+def tell(manager: Manager) -> None:
+    """Print what the device proxy is doing, if there is one."""
+    if manager.has_device_proxy:
+        print(f"mnemosyne: {manager.describe_device()}", file=sys.stderr, flush=True)
+
+
+def refuse(manager: Manager, what_is_given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the first that is true, if there is a device proxy."""
+    for what, is_given in what_is_given.items():
+        if is_given:
+            manager.refuse_device_proxy(what)
 
 
 class Copies:

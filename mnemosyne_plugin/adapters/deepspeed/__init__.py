@@ -3,7 +3,6 @@
 import functools
 import importlib
 import os
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +77,7 @@ def attach(engine: Any) -> None:
     manager = _manager(engine.config or {})
     config = Config.from_section((engine.config or {}).get("mnemosyne", {}))
     # Imported here, so that a process that only imports deepspeed does not pay for it.
+    from mnemosyne_plugin.adapters import lost_device
     from mnemosyne_plugin.adapters.deepspeed import hooks, pipe
     from mnemosyne_plugin.adapters.deepspeed.checkpoint import Checkpoints
     from mnemosyne_plugin.adapters.deepspeed.state import EngineState, make_repeatable
@@ -129,8 +129,8 @@ def attach(engine: Any) -> None:
             may_restart=may_restart,
         )
     engine_hooks.install()
-    if manager.has_device_proxy and is_to_speak:
-        print(f"mnemosyne: {manager.describe_device()}", file=sys.stderr, flush=True)
+    if is_to_speak:
+        lost_device.tell(manager)
     checkpoints = Checkpoints(
         engine, state, engine_hooks, manager, config.checkpoint_dir
     )

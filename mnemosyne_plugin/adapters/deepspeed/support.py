@@ -6,6 +6,7 @@ import torch
 
 from mnemosyne_plugin.adapters.deepspeed.state import torch_optimizer
 from mnemosyne_plugin.adapters.deepspeed.zero import STAGES
+from mnemosyne_plugin.adapters.lost_device import refuse
 from mnemosyne_plugin.errors import ConfigError
 from mnemosyne_plugin.recovery.manager import Manager
 
@@ -69,12 +70,10 @@ def check_supported(engine: Any) -> None:
 def refuse_with_device_proxy(engine: Any, manager: Manager) -> None:
     """Raise ConfigError where this kind of engine cannot lose its device."""
     offloads = engine.zero_offload_optimizer(), engine.zero_offload_param()
-    reasons = {
+    what_is_given = {
         "a pipeline of DeepSpeed": engine.pipeline_parallelism,
         "DeepSpeed's experts": engine.has_moe_layers,
         "ZeRO 3": engine.zero_optimization_stage() > 2,
         "ZeRO's offload": any(o is not None and o.device != "none" for o in offloads),
     }
-    for what, is_given in reasons.items():
-        if is_given:
-            manager.refuse_device_proxy(what)
+    refuse(manager, what_is_given)

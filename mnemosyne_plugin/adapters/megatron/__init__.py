@@ -10,7 +10,6 @@ lost in it, it is run again on repaired groups, with the same micro-batches.
 """
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +120,7 @@ def protect(
 
     has_loader: the trainer's own loader is at its place by itself.
     """
+    from mnemosyne_plugin.adapters import lost_device
     from mnemosyne_plugin.adapters.megatron import devices, nvidia, phases
     from mnemosyne_plugin.adapters.redundancy import Redundancy
     from mnemosyne_plugin.adapters.whole_step import WholeStep
@@ -136,10 +136,7 @@ def protect(
             redundancy.start_line(has_loader=has_loader or bool(positions())),
             flush=True,
         )
-        if manager.has_device_proxy:
-            print(
-                f"mnemosyne: {manager.describe_device()}", file=sys.stderr, flush=True
-            )
+        lost_device.tell(manager)
     phases.install(manager, state)
     devices.prepare(manager, state)
     whole = WholeStep(manager, state)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mnemosyne_plugin.adapters.lost_device import refuse
 from mnemosyne_plugin.adapters.megatron.state import MegatronState, bucket_groups
 from mnemosyne_plugin.recovery.manager import Manager
 
@@ -27,7 +28,7 @@ def prepare(manager: Manager, state: MegatronState) -> None:
         return
     for chunk in state.chunks:
         config, ddp = chunk.config, chunk.ddp_config
-        reasons = {
+        what_is_given = {
             "Megatron's experts": getattr(config, "num_moe_experts", None),
             "Megatron's fp16": getattr(config, "fp16", False),
             "Megatron's context parallelism": config.context_parallel_size > 1,
@@ -36,9 +37,7 @@ def prepare(manager: Manager, state: MegatronState) -> None:
                 ddp.num_distributed_optimizer_instances > 1
             ),
         }
-        for what, is_given in reasons.items():
-            if is_given:
-                manager.refuse_device_proxy(what)
+        refuse(manager, what_is_given)
     state.keep_constants()
     _connect(state)
 
