@@ -36,8 +36,8 @@ long: $(BUILT) $(UNPACKED)
 build: $(BUILT)
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+	$(BIN)/ruff check --no-cache
+	$(BIN)/ruff format --check --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(INSTALLED)

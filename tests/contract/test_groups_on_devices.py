@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stand_in
 import torch
 import torch.distributed as dist
 from world import Worker, World
 
-import stand_in
 from mnemosyne_plugin.ccl.mesh import create_device_group
 from mnemosyne_plugin.errors import MnemosyneError, RecoverableError
 from mnemosyne_plugin.events import EventLog

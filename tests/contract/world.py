@@ -10,10 +10,10 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
+import stand_in
 import torch
 import torch.distributed as dist
 
-import stand_in
 from mnemosyne_plugin.ccl import Mesh, create_group, register
 
 SECRET = b"a secret of the tests"
