@@ -25,6 +25,9 @@ std::vector<Comm*>& comms() {
   return *all;
 }
 
+// Whether none may be made: a failure is known, and its epoch not over.
+std::atomic<bool> are_closed{false};
+
 void forget(Comm* comm) {
   std::lock_guard<std::mutex> lock(comms_mutex);
   std::erase(comms(), comm);
@@ -34,6 +37,10 @@ int init(Comm* comm, const NcclUniqueId& unique_id) {
   auto& connection = Connection::instance();
   const uint32_t id = comm->id;
   comm->generation = connection.generation();  // from now on it can be aborted
+  if (are_closed) {
+    comm->generation = 0;
+    return kNcclRemoteError;
+  }
   const int result = connection.call(CommandWriter(kNcclInit)
                                          .put(id)
                                          .put(comm->num_ranks)
@@ -138,7 +145,9 @@ MNEMOSYNE_EXPORT int ncclCommGetAsyncError(void*, int* error) {
 
 MNEMOSYNE_EXPORT int ncclCommFinalize(void*) { return 0; }
 
+// torch aborts one that could not be made, too, as NCCL lets it.
 MNEMOSYNE_EXPORT int ncclCommDestroy(void* comm) {
+  if (comm == nullptr) return 0;
   auto& connection = Connection::instance();
   forget(commOf(comm));
   if (connection.isUsable()) {
@@ -149,6 +158,7 @@ MNEMOSYNE_EXPORT int ncclCommDestroy(void* comm) {
 }
 
 MNEMOSYNE_EXPORT int ncclCommAbort(void* comm) {
+  if (comm == nullptr) return 0;
   forget(commOf(comm));
   abortIfOpen(*commOf(comm));
   delete commOf(comm);
@@ -196,11 +206,16 @@ MNEMOSYNE_EXPORT int mnemosyne_proxy_reinit_comm(void* comm,
 }
 
 // Has nobody wait for other ranks any more: all communicators are aborted, and
-// refuse everything until they are made anew. Any thread.
+// refuse everything until they are made anew; none can be made until
+// mnemosyne_proxy_admit_comms. Any thread.
 MNEMOSYNE_EXPORT void mnemosyne_proxy_abort_comms() {
+  are_closed = true;
   std::lock_guard<std::mutex> lock(comms_mutex);
   for (Comm* comm : comms()) abortIfOpen(*comm);
 }
+
+// An epoch has begun, in which all ranks can make communicators.
+MNEMOSYNE_EXPORT void mnemosyne_proxy_admit_comms() { are_closed = false; }
 
 // What is wrong with any communicator, an ncclResult_t. Errors of peers and of
 // the network are no errors of the device, so nothing else tells them.

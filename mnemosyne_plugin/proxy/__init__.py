@@ -192,8 +192,15 @@ class DeviceProxy:
         ]
 
     def abort_communicators(self) -> None:
-        """Have nobody here wait for other ranks; ``renew`` makes them work again."""
+        """Have nobody here wait for other ranks; ``renew`` makes them work again.
+
+        None is made until ``admit_communicators``.
+        """
         self._c.mnemosyne_proxy_abort_comms()
+
+    def admit_communicators(self) -> None:
+        """Let communicators be made: an epoch has begun, in which all ranks do."""
+        self._c.mnemosyne_proxy_admit_comms()
 
     def communicator_error(self) -> int:
         """Return the ncclResult_t of a communicator that has failed, or 0."""

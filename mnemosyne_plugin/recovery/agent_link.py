@@ -115,6 +115,8 @@ class AgentLink:
             links_replaced = self._mesh.reconfigure(
                 membership.epoch, self._rank, members
             )
+            if self._device is not None:
+                self._device.proxy.admit_communicators()
         os.eventfd_write(self._wake, 1)
         return links_replaced
 

@@ -63,6 +63,8 @@ def main() -> None:
         steps=options.steps, accumulate=2, batch=4, seed=1, workers=2, pin=True
     )
     for step, batches in enumerate(gpt.batches(text)):
+        if step < session.step:
+            continue  # of a worker that was lost
         if killing is not None and step == options.steps - 1:
             killing.end()  # the script's own work behind its last step is not redone
         loss = float(session.run(train_step, batches))
