@@ -15,6 +15,7 @@ struct Comm {
   int rank = 0;
   NcclUniqueId first_id{};  // the same in all its ranks, and never another's
   std::atomic<uint64_t> generation{0};  // of the server that has it
+  std::atomic<bool> is_made{false};
 };
 
 Comm* commOf(void* comm) { return static_cast<Comm*>(comm); }
@@ -46,6 +47,7 @@ int init(Comm* comm, const NcclUniqueId& unique_id) {
                                          .put(comm->num_ranks)
                                          .put(unique_id)
                                          .put(comm->rank));
+  comm->is_made = result == 0;
   if (result == 0) return 0;
   comm->generation = 0;
   return connection.isUsable() ? result : int{kNcclUnhandledCudaError};
@@ -202,16 +204,19 @@ MNEMOSYNE_EXPORT int mnemosyne_proxy_comms(void** handles, int* num_ranks,
 MNEMOSYNE_EXPORT int mnemosyne_proxy_reinit_comm(void* comm,
                                                  const NcclUniqueId* id) {
   abortIfOpen(*commOf(comm));
+  commOf(comm)->is_made = false;
   return init(commOf(comm), *id);
 }
 
-// Has nobody wait for other ranks any more: all communicators are aborted, and
+// Has nobody wait for other ranks any more: communicators are aborted, and
 // refuse everything until they are made anew; none can be made until
-// mnemosyne_proxy_admit_comms. Any thread.
-MNEMOSYNE_EXPORT void mnemosyne_proxy_abort_comms() {
+// mnemosyne_proxy_admit_comms. `all`: if not, only those that are being made:
+// nobody has their handles yet. Any thread.
+MNEMOSYNE_EXPORT void mnemosyne_proxy_abort_comms(int all) {
   are_closed = true;
   std::lock_guard<std::mutex> lock(comms_mutex);
-  for (Comm* comm : comms()) abortIfOpen(*comm);
+  for (Comm* comm : comms())
+    if (all != 0 || !comm->is_made) abortIfOpen(*comm);
 }
 
 // An epoch has begun, in which all ranks can make communicators.

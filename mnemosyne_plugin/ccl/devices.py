@@ -63,16 +63,22 @@ class Devices:
             torch.cuda.synchronize()
 
 
-def find_devices(environment: MutableMapping[str, str] = os.environ) -> Devices | None:
+def find_devices(
+    has_proxy: bool, environment: MutableMapping[str, str] = os.environ
+) -> Devices | None:
     """Return the devices whose tensors our groups are to move; None if there are none.
 
-    MNEMOSYNE_DEVICE_GROUPS is "nccl", or module:function, which returns others. Raises
-    ConfigError if this torch has no NCCL.
+    MNEMOSYNE_DEVICE_GROUPS is "nccl", or module:function, which returns others. Under
+    the device proxy it need not be given. Raises ConfigError if this torch has no NCCL.
     """
     named = environment.get(_VARIABLE, "")
-    if named == "nccl":
+    if has_proxy and not named and dist.is_nccl_available():
         return _nvidia(environment)
-    if not named:
+    if named == "nccl":
+        if not (torch.cuda.is_available() and dist.is_nccl_available()):
+            raise ConfigError(f"{named}: this torch finds no GPU, or has no NCCL")
+        return _nvidia(environment)
+    if not named or named == "none":
         return None
     module, _, function = named.partition(":")
     found: Devices = getattr(importlib.import_module(module), function)()
@@ -80,8 +86,6 @@ def find_devices(environment: MutableMapping[str, str] = os.environ) -> Devices 
 
 
 def _nvidia(environment: MutableMapping[str, str]) -> Devices:
-    if not (torch.cuda.is_available() and dist.is_nccl_available()):
-        raise ConfigError(f"{_VARIABLE}=nccl: this torch finds no GPU, or has no NCCL")
     for name, value in _SETTINGS.items():
         environment.setdefault(name, value)
     return Devices("cuda", _make_nccl)

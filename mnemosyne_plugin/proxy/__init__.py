@@ -191,12 +191,13 @@ class DeviceProxy:
             for at in range(count)
         ]
 
-    def abort_communicators(self) -> None:
+    def abort_communicators(self, aborts_all: bool = True) -> None:
         """Have nobody here wait for other ranks; ``renew`` makes them work again.
 
-        None is made until ``admit_communicators``.
+        None is made until ``admit_communicators``. aborts_all: if not, only those that
+        are being made are aborted.
         """
-        self._c.mnemosyne_proxy_abort_comms()
+        self._c.mnemosyne_proxy_abort_comms(int(aborts_all))
 
     def admit_communicators(self) -> None:
         """Let communicators be made: an epoch has begun, in which all ranks do."""

@@ -29,12 +29,18 @@ class Device:
     """The device of one rank. The main thread's, but ``watch`` and ``release``."""
 
     def __init__(
-        self, proxy: DeviceProxy, mesh: ccl.Mesh, rank: int, events: EventLog
+        self,
+        proxy: DeviceProxy,
+        mesh: ccl.Mesh,
+        rank: int,
+        events: EventLog,
+        aborts_all: bool = True,
     ) -> None:
         self.proxy = proxy
         self._mesh = mesh
         self._rank = rank
         self._events = events
+        self._aborts_all = aborts_all
         self._latched_at: float | None = None
         self._news: str | None = None
         self._looking = threading.Lock()
@@ -144,7 +150,7 @@ class Device:
 
     def release(self) -> None:
         """A failure is latched: have the main thread wait for no other rank."""
-        self.proxy.abort_communicators()
+        self.proxy.abort_communicators(self._aborts_all)
 
     def watch(self, is_latched: bool) -> float:
         """See to it that no wait for the device is endless; return when to look again.

@@ -28,11 +28,16 @@ class DeviceGroups:
         mesh: ccl.Mesh,
         rank: int,
         events: EventLog,
+        look: Callable[[], None] = lambda: None,
         find: Callable[[], list[DeviceGroup]] = device_groups,
         give_up: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGKILL),
     ) -> None:
-        """give_up: ends this process, so that another one takes its rank."""
-        self._devices = devices
+        """look: fences the mesh if it is the device itself that has failed.
+
+        give_up: ends this process, so that another one takes its rank.
+        """
+        self.devices = devices
+        self._look = look
         self._mesh = mesh
         self._rank = rank
         self._events = events
@@ -45,7 +50,11 @@ class DeviceGroups:
 
     def wait(self) -> None:
         """Wait for all that the devices were given: what failed there is known then."""
-        self._devices.wait()
+        self.devices.wait()
+
+    def lose_device(self) -> None:
+        """What this rank's groups had there is gone: have them made anew."""
+        self._abort(self._find())
 
     def settle(self, control: ControlGroup) -> None:
         """Make anew what cannot be used on, on all its ranks. Collective.
@@ -90,14 +99,15 @@ class DeviceGroups:
     def _connect(self, groups: Sequence[DeviceGroup]) -> None:
         """Side by side: each takes its time to find its members."""
         errors: list[Exception] = []
-        device = self._devices.current() if groups else None
+        device = self.devices.current() if groups else None
 
         def connect(group: DeviceGroup) -> None:
             assert device is not None
             try:
-                self._devices.connect(group, device)
+                self.devices.connect(group, device)
             except Exception as error:
                 errors.append(error)
+                self._look()
                 if self._mesh.failure() is None:
                     self._mesh.fence(f"rank {self._rank}: {error}")
 

@@ -90,14 +90,15 @@ class Manager:
         self.world_size = len(seat.membership.members)
         self.version = 0
         self._events = events
-        self._devices = find_devices()
-        if self._devices is not None:
-            proxy = None  # a worker that loses its device is replaced
-        self._device = Device(proxy, mesh, seat.rank, events) if proxy else None
-        self._groups = (
-            DeviceGroups(self._devices, mesh, seat.rank, events)
-            if self._devices
+        devices = find_devices(has_proxy=proxy is not None)
+        self._device = (
+            Device(proxy, mesh, seat.rank, events, aborts_all=devices is None)
+            if proxy
             else None
+        )
+        look = self._device.look if self._device is not None else lambda: None
+        self._groups = (
+            DeviceGroups(devices, mesh, seat.rank, events, look) if devices else None
         )
         self._agent = AgentLink(
             mesh,
@@ -168,11 +169,12 @@ class Manager:
             self.mesh.start_recording()
         else:
             self.mesh.start_replay(self._setup_log)
-        ccl.register(lambda: self.mesh, lambda: self.is_setting_up_alone, self._devices)
+        devices = self._groups.devices if self._groups is not None else None
+        ccl.register(lambda: self.mesh, lambda: self.is_setting_up_alone, devices)
         serve_process_groups(
             lambda: self.is_setting_up_alone,
-            self._device is not None,
-            self._devices is not None,
+            self._device is not None and devices is None,
+            devices is not None,
         )
         self._agent.start()
 
@@ -281,12 +283,14 @@ class Manager:
             self._device.proxy.propose_timeout(config.timeout_s)
 
     def wait_for_device(self) -> None:
-        """Wait for all that the device was given, if there is a device proxy.
+        """Wait for all that devices were given.
 
         Behind it ``has_failed`` tells whether that has happened.
         """
         if self._device is not None:
             self._device.wait()
+        elif self._groups is not None:
+            self._groups.wait()
 
     def describe_device(self) -> str:
         """Return a line that says what the device proxy is doing; "" without one."""
@@ -450,11 +454,7 @@ class Manager:
         """
         protection, rng = self._protected(), capture_rng()
         try:
-            if self._device is not None:
-                # All that the vote is about has happened.
-                self._device.wait()
-            if self._groups is not None:
-                self._groups.wait()
+            self.wait_for_device()  # all that the vote is about has happened
             failure = self.mesh.failure()
             if failure is not None:
                 raise failure
@@ -701,6 +701,8 @@ class Manager:
             if self._device is not None and self._device.recover():
                 self._count_loss()
                 self._protected().lose_device()
+                if self._groups is not None:
+                    self._groups.lose_device()
             membership = self._agent.wait_for_news(deadline - time.monotonic())
             if membership is None:
                 raise FatalError(
@@ -716,7 +718,8 @@ class Manager:
                 links_replaced=links_replaced,
             )
         if self._device is not None:
-            self._device.renew_communicators(self._control)
+            if self._groups is None:
+                self._device.renew_communicators(self._control)
             if self._device.is_empty:
                 self._protected().lose_device()
         if self._groups is not None:
@@ -819,9 +822,9 @@ class Manager:
 
     def _see_rebuilt(self) -> None:
         """Raise the failure that has cut a rebuild on devices short."""
-        if self._device is None:
+        if self._device is None and self._groups is None:
             return
-        self._device.wait()
+        self.wait_for_device()
         failure = self.mesh.failure()
         if failure is not None:
             self._protected().is_clean = False
