@@ -1,8 +1,5 @@
-// NCCL communicators. One that a server took with it is made anew, behind the
-// same handle, when the ranks have agreed on a new id
-// (mnemosyne_proxy_reinit_comm).
-#include <algorithm>
-#include <cstring>
+// NCCL communicators. One ends with the server that has it.
+#include <vector>
 
 #include "proxy/client.h"
 
@@ -10,10 +7,9 @@ namespace mnemosyne::proxy {
 namespace {
 
 struct Comm {
-  std::atomic<uint32_t> id = nextId();
+  const uint32_t id = nextId();
   int num_ranks = 0;
   int rank = 0;
-  NcclUniqueId first_id{};  // the same in all its ranks, and never another's
   std::atomic<uint64_t> generation{0};  // of the server that has it
   std::atomic<bool> is_made{false};
 };
@@ -27,57 +23,45 @@ std::vector<Comm*>& comms() {
 }
 
 // Whether none may be made: a failure is known, and its epoch not over.
-std::atomic<bool> are_closed{false};
+std::atomic<bool> are_refused{false};
 
 void forget(Comm* comm) {
   std::lock_guard<std::mutex> lock(comms_mutex);
   std::erase(comms(), comm);
 }
 
-int init(Comm* comm, const NcclUniqueId& unique_id) {
-  auto& connection = Connection::instance();
-  const uint32_t id = comm->id;
-  comm->generation = connection.generation();  // from now on it can be aborted
-  if (are_closed) {
-    comm->generation = 0;
-    return kNcclRemoteError;
-  }
-  const int result = connection.call(CommandWriter(kNcclInit)
-                                         .put(id)
-                                         .put(comm->num_ranks)
-                                         .put(unique_id)
-                                         .put(comm->rank));
-  comm->is_made = result == 0;
-  if (result == 0) return 0;
-  comm->generation = 0;
-  return connection.isUsable() ? result : int{kNcclUnhandledCudaError};
-}
-
 // Ends whatever waits for its peers. Not by the ring, which may stand still
 // behind this very communicator.
 void abortIfOpen(Comm& comm) {
   auto& connection = Connection::instance();
-  if (comm.generation.exchange(0) != connection.generation()) return;
-  connection.tell({Control::kAbortComm, comm.id});
-  comm.id = nextId();  // the abort may still be under way
+  if (comm.generation.exchange(0) == connection.generation())
+    connection.tell({Control::kAbortComm, comm.id});
 }
 
 int create(void** made, int num_ranks, const NcclUniqueId& unique_id,
            int rank) {
+  auto& connection = Connection::instance();
   auto comm = std::make_unique<Comm>();
   comm->num_ranks = num_ranks;
   comm->rank = rank;
-  comm->first_id = unique_id;
+  comm->generation = connection.generation();
   {
     std::lock_guard<std::mutex> lock(comms_mutex);
-    comms().push_back(comm.get());
+    comms().push_back(comm.get());  // from now on it can be aborted
   }
-  if (const int result = init(comm.get(), unique_id); result != 0) {
-    forget(comm.get());
-    return result;
+  const int result = are_refused ? int{kNcclRemoteError}
+                                 : connection.call(CommandWriter(kNcclInit)
+                                                       .put(comm->id)
+                                                       .put(num_ranks)
+                                                       .put(unique_id)
+                                                       .put(rank));
+  if (result == 0) {
+    comm->is_made = true;
+    *made = comm.release();
+    return 0;
   }
-  *made = comm.release();
-  return 0;
+  forget(comm.get());
+  return connection.isUsable() ? result : int{kNcclUnhandledCudaError};
 }
 
 }  // namespace
@@ -153,7 +137,7 @@ MNEMOSYNE_EXPORT int ncclCommDestroy(void* comm) {
   auto& connection = Connection::instance();
   forget(commOf(comm));
   if (connection.isUsable()) {
-    connection.call(CommandWriter(kNcclDestroy).put(commOf(comm)->id.load()));
+    connection.call(CommandWriter(kNcclDestroy).put(commOf(comm)->id));
   }
   delete commOf(comm);
   return 0;
@@ -180,47 +164,17 @@ MNEMOSYNE_EXPORT const char* ncclGetErrorString(int code) {
 
 MNEMOSYNE_EXPORT const char* ncclGetLastError(void*) { return ""; }
 
-// The communicators of this process, oldest first. `ids` gets 128 bytes for
-// each, which are the same in all ranks of one communicator; returns how many
-// there are.
-MNEMOSYNE_EXPORT int mnemosyne_proxy_comms(void** handles, int* num_ranks,
-                                           int* ranks, std::byte* ids,
-                                           int capacity) {
-  std::lock_guard<std::mutex> lock(comms_mutex);
-  const int count = static_cast<int>(comms().size());
-  for (int at = 0; at < std::min(count, capacity); ++at) {
-    const Comm& comm = *comms()[at];
-    handles[at] = comms()[at];
-    num_ranks[at] = comm.num_ranks;
-    ranks[at] = comm.rank;
-    std::memcpy(ids + at * sizeof(NcclUniqueId), &comm.first_id,
-                sizeof(NcclUniqueId));
-  }
-  return count;
-}
-
-// Makes the communicator behind `comm` anew; all its ranks do so with the same
-// id. One that still lives here is aborted first. Returns an ncclResult_t.
-MNEMOSYNE_EXPORT int mnemosyne_proxy_reinit_comm(void* comm,
-                                                 const NcclUniqueId* id) {
-  abortIfOpen(*commOf(comm));
-  commOf(comm)->is_made = false;
-  return init(commOf(comm), *id);
-}
-
-// Has nobody wait for other ranks any more: communicators are aborted, and
-// refuse everything until they are made anew; none can be made until
-// mnemosyne_proxy_admit_comms. `all`: if not, only those that are being made:
-// nobody has their handles yet. Any thread.
-MNEMOSYNE_EXPORT void mnemosyne_proxy_abort_comms(int all) {
-  are_closed = true;
+// Has no communicator made until mnemosyne_proxy_admit_comms; one that is being
+// made is aborted: nobody has its handle yet. Any thread.
+MNEMOSYNE_EXPORT void mnemosyne_proxy_refuse_comms() {
+  are_refused = true;
   std::lock_guard<std::mutex> lock(comms_mutex);
   for (Comm* comm : comms())
-    if (all != 0 || !comm->is_made) abortIfOpen(*comm);
+    if (!comm->is_made) abortIfOpen(*comm);
 }
 
 // An epoch has begun, in which all ranks can make communicators.
-MNEMOSYNE_EXPORT void mnemosyne_proxy_admit_comms() { are_closed = false; }
+MNEMOSYNE_EXPORT void mnemosyne_proxy_admit_comms() { are_refused = false; }
 
 // What is wrong with any communicator, an ncclResult_t. Errors of peers and of
 // the network are no errors of the device, so nothing else tells them.

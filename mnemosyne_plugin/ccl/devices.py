@@ -78,7 +78,7 @@ def find_devices(
         if not (torch.cuda.is_available() and dist.is_nccl_available()):
             raise ConfigError(f"{named}: this torch finds no GPU, or has no NCCL")
         return _nvidia(environment)
-    if not named or named == "none":
+    if not named:
         return None
     module, _, function = named.partition(":")
     found: Devices = getattr(importlib.import_module(module), function)()

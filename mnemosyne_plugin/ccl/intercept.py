@@ -13,37 +13,25 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d as c10d
 
-from mnemosyne_plugin.errors import ConfigError, FatalError
+from mnemosyne_plugin.errors import ConfigError
 
 BACKEND = "mnemosyne"
 
 
 def serve_process_groups(
-    is_alone: Callable[[], bool], may_use_nccl: bool = False, has_devices: bool = False
+    is_alone: Callable[[], bool], has_devices: bool = False
 ) -> None:
     """Give our backend to every group from now on.
 
     is_alone: whether this process runs the set-up by itself, without peers to wait for.
-    may_use_nccl: its communicators can be made anew behind their handles.
     has_devices: our backend moves what lies on them, too.
     """
 
-    def choose(requested: str | None) -> str | None:
-        backend = our_backend(requested, may_use_nccl, has_devices)
-        if backend is not None and "nccl" in backend and is_alone():
-            raise FatalError(
-                "this version cannot replace a worker whose groups are NCCL's; the "
-                "device proxy covers the loss of a device only"
-            )
-        return backend
-
+    choose = functools.partial(our_backend, has_devices=has_devices)
     for name in ("init_process_group", "new_group"):
         wrapper = _with_our_backend(getattr(c10d, name), choose)
         setattr(c10d, name, wrapper)
         setattr(torch.distributed, name, wrapper)
-    if may_use_nccl:
-        # The proxy has no ncclCommSplit: a group on a known device connects at once.
-        c10d._get_split_source = lambda pg: None
     barrier = c10d._store_based_barrier
 
     @functools.wraps(barrier)
@@ -77,19 +65,15 @@ def num_collectives() -> int:
     backends: list[Any] = [
         group._get_backend(device)
         for group in c10d._world.pg_map
-        for device in group._device_types  # NCCL's are counted, too
+        for device in group._device_types
     ]
     return sum(backend._get_sequence_number_for_group() for backend in backends)
 
 
-def our_backend(
-    requested: str | None, may_use_nccl: bool = False, has_devices: bool = False
-) -> str | None:
+def our_backend(requested: str | None, has_devices: bool = False) -> str | None:
     """Return the backend to use where a script asks for ``requested``."""
     if requested is None:
         return None
-    if requested.lower() == "nccl" and may_use_nccl:
-        return f"cpu:{BACKEND},cuda:nccl"
     served = {"gloo", BACKEND}
     if has_devices:
         served.add("nccl")
@@ -100,9 +84,10 @@ def our_backend(
     if any(name == "nccl" and device == "" for device, _, name in names):
         raise ConfigError(
             "this version protects CPU process groups only, and the script asks for "
-            "'nccl'; run it with torchrun, with backend 'gloo' on the CPU, or with "
-            "`mnemosyne run --device-proxy`, or with MNEMOSYNE_DEVICE_GROUPS=nccl, "
-            "which has not met a GPU yet (docs/design.md)"
+            "'nccl'; run it with torchrun, with backend 'gloo' on the CPU, with "
+            "`mnemosyne run --device-proxy` (docs/proxy.md), or with "
+            "MNEMOSYNE_DEVICE_GROUPS=nccl (docs/design.md); the last two have not met "
+            "a GPU yet"
         )
     return BACKEND if cpu_names <= served and cpu_names else requested
 

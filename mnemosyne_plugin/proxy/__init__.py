@@ -9,7 +9,6 @@ import functools
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from mnemosyne_plugin.proxy import elf
 
 _FOLDER = Path(__file__).parent / "lib"
 _CLIENT = ("libmnemosyne_client.so", "libcuda.so.1")
-_UNIQUE_ID_BYTES = 128
 _NUM_ATTEMPTS = 3  # a server may be lost before it has all memory
 _TIMEOUT = "MNEMOSYNE_DEVICE_TIMEOUT_S"
 TIMEOUT_S = 600.0
@@ -51,17 +49,6 @@ def loaded() -> "DeviceProxy | None":
     """Return the proxy of this process; None if it was started without one."""
     process = ctypes.CDLL(None)
     return DeviceProxy(process) if hasattr(process, "mnemosyne_proxy_state") else None
-
-
-@dataclass(frozen=True, slots=True)
-class Communicator:
-    """An NCCL communicator of this process."""
-
-    handle: int
-    key: str
-    """The same in all its ranks, and never that of another one."""
-    rank: int
-    num_ranks: int
 
 
 class DeviceProxy:
@@ -172,32 +159,12 @@ class DeviceProxy:
 
     # --- communicators of NCCL ----------------------------------------------------
 
-    def communicators(self) -> list[Communicator]:
-        """Return those of this process, oldest first."""
-        count = self._c.mnemosyne_proxy_comms(None, None, None, None, 0)
-        handles = (ctypes.c_void_p * count)()
-        sizes, ranks = (ctypes.c_int * count)(), (ctypes.c_int * count)()
-        ids = ctypes.create_string_buffer(_UNIQUE_ID_BYTES * count)
-        count = min(
-            count, self._c.mnemosyne_proxy_comms(handles, sizes, ranks, ids, count)
-        )
-        return [
-            Communicator(
-                handle=handles[at] or 0,
-                key=ids.raw[at * _UNIQUE_ID_BYTES :][:_UNIQUE_ID_BYTES].hex(),
-                rank=ranks[at],
-                num_ranks=sizes[at],
-            )
-            for at in range(count)
-        ]
+    def refuse_communicators(self) -> None:
+        """Have none made until ``admit_communicators``: this epoch is over.
 
-    def abort_communicators(self, aborts_all: bool = True) -> None:
-        """Have nobody here wait for other ranks; ``renew`` makes them work again.
-
-        None is made until ``admit_communicators``. aborts_all: if not, only those that
-        are being made are aborted.
+        A thread that is making one gets an error.
         """
-        self._c.mnemosyne_proxy_abort_comms(int(aborts_all))
+        self._c.mnemosyne_proxy_refuse_comms()
 
     def admit_communicators(self) -> None:
         """Let communicators be made: an epoch has begun, in which all ranks do."""
@@ -206,17 +173,3 @@ class DeviceProxy:
     def communicator_error(self) -> int:
         """Return the ncclResult_t of a communicator that has failed, or 0."""
         return int(self._c.mnemosyne_proxy_comm_error())
-
-    def new_unique_id(self) -> str:
-        """Return an id by which ranks meet. Raises FatalError."""
-        unique_id = ctypes.create_string_buffer(_UNIQUE_ID_BYTES)
-        code = self._c.ncclGetUniqueId(unique_id)
-        if code != 0:
-            raise FatalError(f"NCCL gives no unique id: error {code}")
-        return unique_id.raw.hex()
-
-    def renew(self, communicator: Communicator, unique_id: str) -> int:
-        """Make it anew behind its handle; all its ranks do. Returns an ncclResult_t."""
-        raw = ctypes.create_string_buffer(bytes.fromhex(unique_id), _UNIQUE_ID_BYTES)
-        handle = ctypes.c_void_p(communicator.handle)
-        return int(self._c.mnemosyne_proxy_reinit_comm(handle, raw))

@@ -1,23 +1,18 @@
 """A rank's device behind the proxy: its loss is seen, and mended, as a link's is.
 
 A lost device costs no worker. The rank stays, with what is in its host memory, and
-gets the rest as a newcomer does; communicators of NCCL are made anew on all ranks.
+gets the rest as a newcomer does.
 """
 
-import json
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mnemosyne_plugin import ccl
-from mnemosyne_plugin.errors import FatalError, GroupAborted
 from mnemosyne_plugin.events import EventLog
-from mnemosyne_plugin.proxy import Communicator, DeviceProxy
-from mnemosyne_plugin.recovery.control import ControlGroup
+from mnemosyne_plugin.proxy import DeviceProxy
 
 _START_TIMEOUT_S = 120.0
 _LAST_NCCL_RESULT = 8
@@ -29,18 +24,12 @@ class Device:
     """The device of one rank. The main thread's, but ``watch`` and ``release``."""
 
     def __init__(
-        self,
-        proxy: DeviceProxy,
-        mesh: ccl.Mesh,
-        rank: int,
-        events: EventLog,
-        aborts_all: bool = True,
+        self, proxy: DeviceProxy, mesh: ccl.Mesh, rank: int, events: EventLog
     ) -> None:
         self.proxy = proxy
         self._mesh = mesh
         self._rank = rank
         self._events = events
-        self._aborts_all = aborts_all
         self._latched_at: float | None = None
         self._news: str | None = None
         self._looking = threading.Lock()
@@ -105,42 +94,6 @@ class Device:
         )
         return True
 
-    def renew_communicators(self, control: ControlGroup) -> None:
-        """Make those of all ranks anew, behind their handles. Collective."""
-        ours = self.proxy.communicators()
-        offers = [
-            {
-                "key": each.key,
-                "num_ranks": each.num_ranks,
-                "id": self._new_id() if each.rank == 0 else "",
-            }
-            for each in ours
-        ]
-        gathered = [json.loads(b) for b in control.gather(json.dumps(offers).encode())]
-        ids = _meetings([offer for offers in gathered for offer in offers])
-        for each in sorted(ours, key=lambda each: each.key):
-            self._renew(each, ids[each.key])
-
-    def _new_id(self) -> str:
-        try:
-            return self.proxy.new_unique_id()
-        except FatalError:
-            self.look()
-            failure = self._mesh.failure()
-            if failure is None:
-                raise
-            raise failure from None  # it is lost once more
-
-    def _renew(self, communicator: Communicator, unique_id: str) -> None:
-        error = self.proxy.renew(communicator, unique_id)
-        if error == 0:
-            return
-        self.look()
-        # The others go on to what follows, so all have to begin again.
-        what = f"a communicator of NCCL cannot be made anew: error {error}"
-        self._mesh.fence(f"rank {self._rank}: {what}")
-        raise self._mesh.failure() or GroupAborted(what, self._rank)
-
     # --- the reader's thread ------------------------------------------------------
 
     def take_news(self) -> str | None:
@@ -149,8 +102,8 @@ class Device:
         return news
 
     def release(self) -> None:
-        """A failure is latched: have the main thread wait for no other rank."""
-        self.proxy.abort_communicators(self._aborts_all)
+        """A failure is latched: no communicator is made any more."""
+        self.proxy.refuse_communicators()
 
     def watch(self, is_latched: bool) -> float:
         """See to it that no wait for the device is endless; return when to look again.
@@ -178,23 +131,3 @@ class Device:
                 f"rank {self._rank} has waited {waited:.0f} s for its device"
             )
         return limit
-
-
-def _meetings(offers: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return the new id of each communicator. Raises FatalError if a rank lacks it."""
-    ids: dict[str, str] = {}
-    present: dict[str, int] = {}
-    for offer in offers:
-        key = offer["key"]
-        present[key] = present.get(key, 0) + 1
-        if offer["id"]:
-            ids[key] = offer["id"]
-    for offer in offers:
-        key = offer["key"]
-        if present[key] != offer["num_ranks"]:
-            raise FatalError(
-                f"only {present[key]} of {offer['num_ranks']} ranks have a certain "
-                "communicator of NCCL: the failure came while it was being made; "
-                "start the job again"
-            )
-    return ids

@@ -91,11 +91,7 @@ class Manager:
         self.version = 0
         self._events = events
         devices = find_devices(has_proxy=proxy is not None)
-        self._device = (
-            Device(proxy, mesh, seat.rank, events, aborts_all=devices is None)
-            if proxy
-            else None
-        )
+        self._device = Device(proxy, mesh, seat.rank, events) if proxy else None
         look = self._device.look if self._device is not None else lambda: None
         self._groups = (
             DeviceGroups(devices, mesh, seat.rank, events, look) if devices else None
@@ -171,11 +167,7 @@ class Manager:
             self.mesh.start_replay(self._setup_log)
         devices = self._groups.devices if self._groups is not None else None
         ccl.register(lambda: self.mesh, lambda: self.is_setting_up_alone, devices)
-        serve_process_groups(
-            lambda: self.is_setting_up_alone,
-            self._device is not None and devices is None,
-            devices is not None,
-        )
+        serve_process_groups(lambda: self.is_setting_up_alone, devices is not None)
         self._agent.start()
 
     def attach(
@@ -717,11 +709,8 @@ class Manager:
                 rank=self.rank,
                 links_replaced=links_replaced,
             )
-        if self._device is not None:
-            if self._groups is None:
-                self._device.renew_communicators(self._control)
-            if self._device.is_empty:
-                self._protected().lose_device()
+        if self._device is not None and self._device.is_empty:
+            self._protected().lose_device()
         if self._groups is not None:
             self._groups.settle(self._control)
         reports = self._exchange_reports()

@@ -109,18 +109,19 @@ class Peers:
 
     def __init__(self, device: DeviceProxy) -> None:
         self.device = device
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.store, self.watched = self.connect(), self.connect()
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.store, self.watched = self.connect(self.rank == 0), self.connect()
         self.epoch = 0
+        self.lock = threading.Lock()  # of the group
         self.is_over = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
     @staticmethod
-    def connect() -> dist.Store:
-        """Return one more connection to the store that all ranks met at."""
+    def connect(is_master: bool = False) -> dist.Store:
+        """Return one more connection to the store that all ranks meet at."""
         port = int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
+        return dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=is_master)
 
     def watch(self) -> None:
         """Notice the end of each epoch."""
@@ -129,14 +130,19 @@ class Peers:
             if self.watched.get(f"end/{epoch}/{self.rank}") == b"close":
                 return
             self.is_over.set()
-            self.device.abort_communicators()
+            self.device.refuse_communicators()
+            with self.lock:
+                dist.group.WORLD._get_backend(torch.device("cuda")).abort()
             self.watched.set(f"noticed/{epoch}/{self.rank}", "")
             self.watched.get(f"next/{epoch}/{self.rank}")
 
     def close(self) -> None:
-        """End the thread; all is done."""
+        """End the thread; all is done. The store is there until all have."""
         self.store.set(f"end/{self.epoch}/{self.rank}", "close")
         self.thread.join()
+        self.store.set(f"closed/{self.rank}", "")
+        if self.rank == 0:
+            self.store.wait([f"closed/{rank}" for rank in range(self.size)])
 
     def end_epoch(self) -> None:
         """Tell all ranks that they must go back."""
@@ -155,19 +161,18 @@ class Peers:
         self.store.set(f"next/{self.epoch - 1}/{self.rank}", "")
         return earliest
 
-    def renew_communicators(self) -> bool:
-        """Make those of all ranks anew, behind their handles; tell whether all came."""
-        for communicator in self.device.communicators():
-            key = f"id/{self.epoch}/{communicator.key}"
-            if communicator.rank == 0:
-                unique_id = ""  # the others must not wait for what will not come
-                with contextlib.suppress(FatalError):
-                    unique_id = self.device.new_unique_id()
-                self.store.set(key, unique_id)
-            unique_id = self.store.get(key).decode()
-            if not unique_id or self.device.renew(communicator, unique_id) != 0:
-                return False
-        return True
+    def meet(self) -> None:
+        """Have the group of all ranks, in place of the one of the last epoch."""
+        with self.lock:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            dist.init_process_group(
+                "nccl",
+                store=dist.PrefixStore(f"group/{self.epoch}", self.store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(seconds=60),
+            )
 
 
 class Training:
@@ -289,8 +294,7 @@ class Recovery:
                         self.start_server(step)
                 if self.peers is not None:
                     step = self.peers.agree(step)
-                    if not self.peers.renew_communicators():
-                        continue
+                    self.peers.meet()
                 training.restore(step)
                 return step
             except RuntimeError:
@@ -342,8 +346,8 @@ def main() -> None:
     torch.backends.cuda.enable_flash_sdp(options.attention == "flash")
     device, peers = proxy.loaded(), None
     if options.ddp:
-        dist.init_process_group("nccl", timeout=timedelta(seconds=60))
         peers = Peers(device)
+        peers.meet()
     training = Training(options)
     training.begin()
     train(options, training, Recovery(options, device, peers) if device else None)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mnemosyne_plugin.config import DeviceProxyConfig
-from mnemosyne_plugin.errors import ConfigError, FatalError, StaleEpoch
+from mnemosyne_plugin.errors import ConfigError, StaleEpoch
 from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.proxy import DeviceProxy, elf, loaded, preload
 from mnemosyne_plugin.recovery import device as recovery_device
@@ -130,36 +130,6 @@ def test_a_device_that_starts_again_is_given_the_time_for_it(made: Any) -> None:
     proxy.waiting_s = 120.0
     device.watch(is_latched=True)
     assert proxy.kills == 1
-
-
-def test_an_id_that_a_lost_device_does_not_give_is_no_end_of_the_job(made: Any) -> None:
-    device, proxy, mesh = made
-
-    def give() -> str:
-        raise FatalError("NCCL gives no unique id: error 719")
-
-    proxy.new_unique_id = give
-    with pytest.raises(FatalError):
-        device._new_id()
-    proxy.is_lost = True
-    with pytest.raises(StaleEpoch):
-        device._new_id()
-
-
-def test_a_communicator_that_fails_by_itself_has_all_begin_again(made: Any) -> None:
-    device, proxy, mesh = made
-    proxy.renew = lambda *_: 2
-    with pytest.raises(StaleEpoch, match="cannot be made anew: error 2"):
-        device._renew(None, "")
-    assert mesh.fenced is not None
-
-
-def test_a_communicator_that_not_all_ranks_have_is_said() -> None:
-    offers = [{"key": "ab", "num_ranks": 2, "id": "cd"}]
-    with pytest.raises(FatalError, match="only 1 of 2 ranks"):
-        recovery_device._meetings(offers)
-    offers.append({"key": "ab", "num_ranks": 2, "id": ""})
-    assert recovery_device._meetings(offers) == {"ab": "cd"}
 
 
 def test_what_the_launcher_preloads_comes_before_what_others_do(
