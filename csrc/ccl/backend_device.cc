@@ -353,6 +353,14 @@ void DeviceBackend::fail(const Group& group, int64_t epoch,
   }
 }
 
+void DeviceBackend::look() {
+  const std::exception_ptr error = inner_->failure();
+  if (!error || mesh()->hasFailed()) return;
+  mesh()->fence(
+      "group " + group()->name() + " failed on its device: " + describe(error),
+      -1);
+}
+
 // ---------------------------------------------------------------- bundles
 
 void DeviceBackend::startCoalescing() {

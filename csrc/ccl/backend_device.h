@@ -22,6 +22,10 @@ class DeviceBackend final : public MnemosyneBackend {
   // Makes the inner one if there is none. Collective.
   void connect() { (void)inner_->get(*group(), mesh()->currentEpoch()); }
 
+  // Fences the mesh if the inner one has failed, which may know more than links
+  // do. Any thread.
+  void look();
+
   bool supportsCoalescing() const override { return true; }
   uint64_t getSequenceNumberForGroup() override {
     return MnemosyneBackend::getSequenceNumberForGroup() + num_inner_;

@@ -41,6 +41,7 @@ Inner::BackendPtr Inner::get(const Group& group, int64_t life) {
     if (!error && !is_late) {
       backend_ = made;
       has_failed_ = false;
+      error_ = nullptr;
       standing_ = {life, true, 0, {}, {}};
       standing_.sent.resize(group.size());
       standing_.received.resize(group.size());
@@ -91,6 +92,14 @@ void Inner::fail() {
   has_failed_ = true;
 }
 
+std::exception_ptr Inner::failure() {
+  std::lock_guard<std::mutex> lock(mu_);
+  if (is_aborted_) return nullptr;
+  for (const Flight& each : flight_)
+    if (!error_ && each.work->isCompleted()) error_ = each.work->exception();
+  return error_;
+}
+
 void Inner::count(int change) {
   std::lock_guard<std::mutex> lock(mu_);
   num_uses_ += change;
@@ -99,7 +108,7 @@ void Inner::count(int change) {
 std::vector<Inner::WorkPtr> Inner::prune() {
   std::vector<WorkPtr> ended;
   while (!flight_.empty() && flight_.front().work->isCompleted()) {
-    has_failed_ |= flight_.front().work->exception() != nullptr;
+    if (!error_) error_ = flight_.front().work->exception();
     ended.push_back(std::move(flight_.front().work));
     flight_.pop_front();
   }
@@ -116,8 +125,8 @@ Inner::Standing Inner::standing() {
   }
   ended = prune();
   Standing now = standing_;
-  now.is_quiet =
-      flight_.empty() && num_uses_ == 0 && !has_failed_ && !is_aborted_;
+  now.is_quiet = flight_.empty() && num_uses_ == 0 && !has_failed_ && !error_ &&
+                 !is_aborted_;
   return now;
 }
 
@@ -141,6 +150,7 @@ void Inner::drop() {
   std::swap(flight, flight_);
   standing_ = {};
   is_aborted_ = has_failed_ = false;
+  error_ = nullptr;
 }
 
 }  // namespace mnemosyne::ccl

@@ -50,8 +50,10 @@ class Inner {
   void watch(const WorkPtr& work);
   // Waits as the collectives that are in flight are waited for.
   void wait();
-  // What was asked of it has failed.
+  // What was asked of it has failed, and all know.
   void fail();
+  // What has failed in it by itself, unless it is aborted; else null.
+  std::exception_ptr failure();
 
   // What the ranks compare, to tell whether it can be used on.
   struct Standing {
@@ -85,7 +87,8 @@ class Inner {
   BackendPtr backend_;
   bool is_making_ = false;
   bool is_aborted_ = false;
-  bool has_failed_ = false;  // something that was asked of it
+  bool has_failed_ = false;   // something that was asked of it
+  std::exception_ptr error_;  // of something that was in flight
   int num_uses_ = 0;
   Standing standing_;
   std::deque<Flight> flight_;

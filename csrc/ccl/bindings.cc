@@ -265,6 +265,7 @@ PYBIND11_MODULE(_C, m) {
                              })
       .def("standing", &standingOf)
       .def("connect", &DeviceBackend::connect, NoGil())
+      .def("look", &DeviceBackend::look, NoGil())
       .def(
           "abort_inner",
           [](const DeviceBackend& backend) { backend.inner().abort(); },

@@ -22,7 +22,7 @@ DeviceGroup = _C.DeviceBackend
 
 _VARIABLE = "MNEMOSYNE_DEVICE_GROUPS"
 # A watchdog that ends the process, or asks a store for others, knows nothing of
-# recovery. Who is lost is seen by the mesh; nobody looks yet for what only NCCL sees.
+# recovery. Who is lost is seen by the mesh, and what only NCCL sees by ``look``.
 _SETTINGS = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",

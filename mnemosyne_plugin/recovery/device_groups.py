@@ -17,6 +17,7 @@ from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.recovery.control import ControlGroup
 
 _ABORT_S = 20.0  # an abort that takes longer never ends
+_LOOK_S = 1.0  # between looks at what a group's own backend may have noticed
 
 
 class DeviceGroups:
@@ -147,16 +148,20 @@ class DeviceGroups:
         busy = [group for group in self._find() if not group.standing()[1]]
         self._abort([*busy, *self._connecting])
 
-    def watch(self) -> float | None:
-        """Give this process up if an abort never ends; return when to look again."""
+    def watch(self) -> float:
+        """Fence the mesh if a group has failed on its device, and links know nothing.
+
+        Gives this process up if an abort never ends. Returns when to look again.
+        """
+        for group in self._find():
+            group.look()
         with self._lock:
             is_busy = any(thread.is_alive() for thread in self._aborts)
         left = self._abort_by - time.monotonic()
-        if not is_busy or left > 0:
-            return left if is_busy else None
-        self._events.emit("device_hangs", rank=self._rank, seconds=_ABORT_S)
-        self._give_up()
-        return None
+        if is_busy and left <= 0:
+            self._events.emit("device_hangs", rank=self._rank, seconds=_ABORT_S)
+            self._give_up()
+        return min(left, _LOOK_S) if is_busy else _LOOK_S
 
 
 _NOTHING = [-1, True, 0, [], []]

@@ -18,11 +18,16 @@ def gloo() -> Devices:
     return Devices("cpu", make)
 
 
+meshes: list[Mesh] = []
+"""Those that ``links`` has made in this process, oldest first."""
+
+
 def links() -> Devices:
     """Return what has links of its own for each group, and ends when it is aborted."""
 
     def make(store: Any, rank: int, size: int, timeout: timedelta, _: Any) -> Any:
         mesh = Mesh(worker_id=rank + 1, secret=b"of a stand-in")
+        meshes.append(mesh)
         store.set(str(rank), mesh.address)
         addresses = [store.get(str(other)).decode() for other in range(size)]
         mesh.reconfigure(1, rank, [(n + 1, each) for n, each in enumerate(addresses)])

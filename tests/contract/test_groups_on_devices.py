@@ -255,6 +255,25 @@ def test_failures_in_a_step_are_absorbed(world: World) -> None:
     assert world.run(totals) == RIGHT
 
 
+def fail_inside(worker: Worker) -> str:
+    """Have what moves the tensors fail on this rank, which waits for nothing."""
+    worker.kept["groups"]["low"].allreduce([torch.ones(5)])
+    stand_in.meshes[-1].fence("the fabric is gone", -1)
+    while not select.select([worker.mesh.failure_fd], [], [], 0.01)[0]:
+        worker.kept["manager"].watch()
+    worker.kept["manager"].release()
+    return str(worker.mesh.failure())
+
+
+def test_what_a_group_alone_notices_is_everybodys_failure(world: World) -> None:
+    world.run(total, "low", ranks=[0, 1])
+    (seen,) = world.run(fail_inside, ranks=[0])
+    assert "failed on its device" in seen and "the fabric is gone" in seen
+    world.seat()
+    assert world.run(settle) == ["settled"] * SIZE
+    assert world.run(totals) == RIGHT
+
+
 def set_up(worker: Worker) -> bytes:
     """Leave a log, and one large tensor that is not in it."""
     worker.mesh.start_recording()

@@ -22,6 +22,9 @@ class Group:
     def standing(self) -> list[Any]:
         return [1, False, 3, [], []]
 
+    def look(self) -> None:
+        pass
+
     def abort_inner(self) -> None:
         self.is_aborting.set()
         self.may_end.wait()
@@ -42,16 +45,15 @@ def manager_of(groups: list[Group], folder: Path, given_up: list[bool]) -> Devic
 def test_aborts_run_side_by_side_and_are_given_time(tmp_path: Path) -> None:
     groups, given_up = [Group(), Group()], list[bool]()
     manager = manager_of(groups, tmp_path, given_up)
-    assert manager.watch() is None
+    assert manager.watch() == device_groups._LOOK_S
     manager.release()
     assert all(group.is_aborting.wait(10) for group in groups)
-    left = manager.watch()
-    assert left is not None and 0 < left <= device_groups._ABORT_S
+    assert 0 < manager.watch() <= device_groups._LOOK_S and not given_up
     for group in groups:
         group.may_end.set()
     for thread in manager._aborts:
         thread.join()
-    assert manager.watch() is None and not given_up
+    assert manager.watch() == device_groups._LOOK_S and not given_up
 
 
 def test_a_process_whose_abort_never_ends_gives_itself_up(
