@@ -30,6 +30,8 @@ _SETTINGS = {
     "TORCH_NCCL_PROPAGATE_ERROR": "0",
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
     "TORCH_NCCL_USE_COMM_NONBLOCKING": "1",
+    # In seconds: torch's abort of a communicator that is being made waits for this.
+    "TORCH_NCCL_NONBLOCKING_TIMEOUT": "30",
 }
 
 
@@ -41,6 +43,8 @@ class Devices:
     """As ``torch.device(...).type``."""
     make: Callable[[Store, int, int, timedelta, Any], Backend]
     """Of store, rank, size, timeout, and the options that the script gave."""
+    connect_s: float = 10.0
+    """The longest that one may wait for its members while it connects."""
 
     def current(self) -> torch.device:
         """Return the one that this thread uses."""
@@ -88,7 +92,8 @@ def find_devices(
 def _nvidia(environment: MutableMapping[str, str]) -> Devices:
     for name, value in _SETTINGS.items():
         environment.setdefault(name, value)
-    return Devices("cuda", _make_nccl)
+    timeout_s = float(environment["TORCH_NCCL_NONBLOCKING_TIMEOUT"])
+    return Devices("cuda", _make_nccl, timeout_s)
 
 
 def device_groups() -> list[DeviceGroup]:

@@ -167,7 +167,10 @@ def _serve(
     culprit = preload(request["modules"])
     # Nor do workers look at it ever again: each would copy the pages by that.
     gc.freeze()
-    channel.send("warm", culprit=culprit, pid=os.getpid())
+    try:
+        channel.send("warm", culprit=culprit, pid=os.getpid())
+    except PeerLost:
+        return None  # the job was over before
     while (request := channel.receive()) is not None:
         fd, pid = channel.take_fd(), _fork(agent_pid)
         if pid == 0:

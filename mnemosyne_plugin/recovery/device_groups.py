@@ -16,7 +16,7 @@ from mnemosyne_plugin.errors import GroupAborted, RecoverableError
 from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.recovery.control import ControlGroup
 
-_ABORT_S = 20.0  # an abort that takes longer never ends
+_ABORT_S = 10.0  # an abort that takes longer, of what is connected, never ends
 _LOOK_S = 1.0  # between looks at what a group's own backend may have noticed
 
 
@@ -47,6 +47,7 @@ class DeviceGroups:
         self._connecting: Sequence[DeviceGroup] = ()
         self._aborts: list[threading.Thread] = []
         self._abort_by = 0.0
+        self._abort_s = devices.connect_s + _ABORT_S
         self._lock = threading.Lock()
 
     def wait(self) -> None:
@@ -133,7 +134,7 @@ class DeviceGroups:
         """Start to abort them, all at once: one may wait for another."""
         with self._lock:
             if not any(thread.is_alive() for thread in self._aborts):
-                self._abort_by = time.monotonic() + _ABORT_S
+                self._abort_by = time.monotonic() + self._abort_s
             for group in groups:
                 thread = threading.Thread(
                     target=group.abort_inner, name="mnemosyne-abort", daemon=True
@@ -159,7 +160,7 @@ class DeviceGroups:
             is_busy = any(thread.is_alive() for thread in self._aborts)
         left = self._abort_by - time.monotonic()
         if is_busy and left <= 0:
-            self._events.emit("device_hangs", rank=self._rank, seconds=_ABORT_S)
+            self._events.emit("device_hangs", rank=self._rank, seconds=self._abort_s)
             self._give_up()
         return min(left, _LOOK_S) if is_busy else _LOOK_S
 

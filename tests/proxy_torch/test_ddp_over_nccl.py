@@ -1,4 +1,4 @@
-"""DDP over NCCL, by torch's CUDA build: a rank's device is lost over and over."""
+"""DDP over NCCL, by torch's CUDA build: ranks lose devices, and workers die."""
 
 from pathlib import Path
 
@@ -34,3 +34,34 @@ def test_a_device_that_hangs_is_replaced_and_others_are_not(
     assert set(job.num_recoveries) == {1}
     assert len(job.pids) == len(job.groups) == 2
     assert set(job.ranks_that_hung) == {1}
+
+
+def test_workers_that_die_are_replaced_over_nccl(
+    undisturbed: Job, tmp_path: Path
+) -> None:
+    chaos = ["kill rank=1 step=4 phase=forward", "kill rank=0 step=8 phase=vote"]
+    job = train("train_ddp.py", tmp_path, chaos=chaos)
+    assert job.lines == undisturbed.lines
+    assert sorted(rank for rank, _ in job.pids) == [0, 0, 1, 1]
+    # One of each worker that was left to the end, or killed behind its first step.
+    assert len(job.groups) == 4
+
+
+def test_a_group_without_the_lost_rank_keeps_its_communicator(tmp_path: Path) -> None:
+    undisturbed = train("train_ddp.py", tmp_path / "undisturbed", num_ranks=3)
+    chaos = ["kill rank=2 step=4 phase=forward"]
+    job = train("train_ddp.py", tmp_path / "killed", num_ranks=3, chaos=chaos)
+    assert job.lines == undisturbed.lines
+    assert sorted(rank for rank, _ in job.pids) == [0, 1, 2, 2]
+    assert sorted(job.kept) == [0, 1, 1]
+
+
+def test_a_worker_dies_while_another_rank_loses_its_device(
+    undisturbed: Job, tmp_path: Path
+) -> None:
+    chaos = ["kill rank=0 step=5 phase=forward", "kill rank=0 step=9 phase=recovery"]
+    victim = ("--victim=1", "--kill-within=3000")
+    job = train("train_ddp.py", tmp_path, *victim, chaos=chaos)
+    assert job.lines == undisturbed.lines
+    assert set(job.num_recoveries) == {1}
+    assert [rank for rank, _ in job.pids].count(1) == 1

@@ -1,5 +1,6 @@
-"""DeepSpeed over NCCL, by torch's CUDA build: a rank's device is lost over and over."""
+"""DeepSpeed over NCCL, by torch's CUDA build: ranks lose devices, and workers die."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,15 @@ def way(request: pytest.FixtureRequest) -> list[str]:
     return [f"--stage={stage}", f"--dtype={dtype}", f"--kill-within={within}"]
 
 
-def train_deepspeed(folder: Path, *args: str) -> Job:
-    # The nursery imports it, which counts devices; the timeout is in the ds_config.
-    program = "train_deepspeed.py"
-    return train(program, folder, *args, device_timeout_s=None, preload="deepspeed")
+def train_deepspeed(folder: Path, *args: str, chaos: Sequence[str] = ()) -> Job:
+    return train(
+        "train_deepspeed.py",
+        folder,
+        *args,
+        device_timeout_s=None,  # it is in the ds_config
+        preload="deepspeed",  # the nursery imports it, which counts devices
+        chaos=chaos,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +55,12 @@ def test_a_device_that_hangs_is_replaced_and_others_are_not(
     assert set(job.num_recoveries) == {1}
     assert len(job.pids) == len(job.groups) == 2
     assert set(job.ranks_that_hung) == {1}
+
+
+def test_workers_that_die_are_replaced_over_nccl(
+    way: list[str], undisturbed: Job, tmp_path: Path
+) -> None:
+    chaos = ["kill rank=1 step=4 phase=forward", "kill rank=0 step=8 phase=optimizer"]
+    job = train_deepspeed(tmp_path, *way, chaos=chaos)
+    assert job.lines == undisturbed.lines
+    assert sorted(rank for rank, _ in job.pids) == [0, 0, 1, 1]

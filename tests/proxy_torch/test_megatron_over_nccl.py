@@ -1,6 +1,6 @@
-"""megatron.core over NCCL, by torch's CUDA build: a rank's device is lost."""
+"""megatron.core over NCCL, by torch's CUDA build: ranks lose devices, workers die."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -19,8 +19,10 @@ LAYOUTS = {
 }
 
 
-def run(folder: Path, *args: str, device_timeout_s: int = 60) -> Job:
-    return train(PROGRAM, folder, *args, device_timeout_s=device_timeout_s)
+def run(
+    folder: Path, *args: str, device_timeout_s: int = 60, chaos: Sequence[str] = ()
+) -> Job:
+    return train(PROGRAM, folder, *args, device_timeout_s=device_timeout_s, chaos=chaos)
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,13 @@ def test_a_device_that_hangs_is_replaced_and_others_are_not(
     assert set(job.num_recoveries) == {1}
     assert len(job.pids) == len(job.groups) == 2
     assert set(job.ranks_that_hung) == {1}
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2", "overlapped"])
+def test_workers_that_die_are_replaced_over_nccl(
+    undisturbed: Callable[[str], Job], tmp_path: Path, layout: str
+) -> None:
+    chaos = ["kill rank=1 step=4 phase=forward", "kill rank=0 step=8 phase=optimizer"]
+    job = run(tmp_path, *LAYOUTS[layout], chaos=chaos)
+    assert job.lines == undisturbed(layout).lines
+    assert sorted(rank for rank, _ in job.pids) == [0, 0, 1, 1]

@@ -36,6 +36,8 @@ def main() -> None:
     torch.manual_seed(1)
     model = DistributedDataParallel(gpt.GPT(2, 0.1).bfloat16().cuda(), device_ids=[0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    # One more group, which not all ranks are in.
+    pair = dist.new_group([0, 1])
     torch.manual_seed(2 + rank)
     session = mnemosyne_plugin.attach(model=model, optimizer=optimizer)
 
@@ -48,6 +50,8 @@ def main() -> None:
             loss = model(tokens, targets) / len(batches)
             loss.backward()
             total += loss.detach()
+        if rank in (0, 1):
+            dist.all_reduce(total, group=pair)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return total

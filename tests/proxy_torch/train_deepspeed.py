@@ -102,6 +102,8 @@ def main() -> None:
         steps=options.steps, accumulate=2, batch=4, seed=1, workers=2, pin=False
     )
     for step, batches in enumerate(gpt.batches(text)):
+        if step < engine.global_steps:
+            continue  # of a worker that was lost
         if rank == options.victim and step == options.first:
             killing = Killing(rank, options.kill_within, options.fault)
         if killing is not None and step == options.steps - 1:

@@ -69,7 +69,10 @@ def main() -> None:
     file = os.open(options.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     rank, data = dist.get_rank(), batches()
     killing = None
-    for step in range(options.steps):
+    first = session.step if session else 0
+    for _ in range(first * NUM_MICRO_BATCHES):
+        next(data)  # of a worker that was lost
+    for step in range(first, options.steps):
         if step == 1 and rank == options.victim:  # snapshots are in place
             killing = Killing(rank, options.kill_within, options.fault)
         if killing is not None and step == options.steps - 1:

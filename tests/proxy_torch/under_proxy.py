@@ -50,14 +50,17 @@ def launch(
 
 @dataclass(frozen=True)
 class Job:
-    """What a job of two ranks has left."""
+    """What a job has left."""
 
     lines: set[str]
     """Of the log, which each rank has written its own of."""
     num_recoveries: Mapping[int, int]
     ranks_that_hung: Sequence[int]
-    pids: set[int]
+    pids: set[tuple[int, int]]
+    """Of each rank's workers."""
     groups: set[tuple[int, tuple[int, ...]]]
+    kept: Sequence[int]
+    """How many groups each rank has used on in each repair."""
 
 
 def train(
@@ -66,11 +69,18 @@ def train(
     *args: str,
     device_timeout_s: int | None = 2,
     preload: str = "torch",
+    num_ranks: int = 2,
+    chaos: Sequence[str] = (),
 ) -> Job:
-    """Run a training program of this folder on two ranks to its good end."""
+    """Run a training program of this folder to its good end."""
     _make_entry_point()
     run_dir = folder / "run"
-    launcher = ["--nproc-per-node=2", f"--preload={preload}", f"--run-dir={run_dir}"]
+    launcher = [
+        f"--nproc-per-node={num_ranks}",
+        f"--preload={preload}",
+        f"--run-dir={run_dir}",
+        *(f"--chaos={event}" for event in chaos),
+    ]
     if device_timeout_s is not None:
         launcher.append(f"--device-timeout={device_timeout_s}")
     launch(program, *args, f"--log={folder / 'log'}", launcher=launcher)
@@ -81,8 +91,11 @@ def train(
         lines=set((folder / "log").read_text().splitlines()),
         num_recoveries={rank: recovered.count(rank) for rank in set(recovered)},
         ranks_that_hung=[e.fields["rank"] for e in events if e.name == "device_hangs"],
-        pids={e.fields["pid"] for e in events if e.name == "seated"},
+        pids={
+            (e.fields["rank"], e.fields["pid"]) for e in events if e.name == "seated"
+        },
         groups={(each["rank"], tuple(each["ids"])) for each in groups},
+        kept=[e.fields["kept"] for e in events if e.name == "device_groups"],
     )
 
 

@@ -31,10 +31,10 @@ class Group:
 
 
 def manager_of(groups: list[Group], folder: Path, given_up: list[bool]) -> DeviceGroups:
-    nothing: Any = SimpleNamespace()
+    devices: Any = SimpleNamespace(connect_s=0.0)
     return DeviceGroups(
-        nothing,
-        nothing,
+        devices,
+        SimpleNamespace(),  # type: ignore[arg-type]
         rank=2,
         events=EventLog(str(folder), "test"),
         find=lambda: groups,  # type: ignore[arg-type, return-value]
