@@ -67,6 +67,14 @@ Tensors outputsOf(const Args&... args) {
   return all;
 }
 
+// The same for who does not wait by a work: NCCL would give none, and nobody
+// could tell whether it is done. The caller waits for the work in its place.
+template <typename Options>
+Options async(Options options) {
+  if constexpr (requires { options.asyncOp; }) options.asyncOp = true;
+  return options;
+}
+
 // Set while this thread's operations run over the mesh, though what they move
 // may lie on what counts as a device in a test.
 thread_local bool is_staging = false;
@@ -445,7 +453,7 @@ WorkPtr DeviceBackend::broadcast(Tensors& tensors,
   if (!isHere(tensors)) return MnemosyneBackend::broadcast(tensors, opts);
   return run(
       {sizeOf(tensors)},
-      [&](Backend& to, Tensors& a) { return to.broadcast(a, opts); },
+      [&](Backend& to, Tensors& a) { return to.broadcast(a, async(opts)); },
       both(tensors));
 }
 
@@ -454,7 +462,7 @@ WorkPtr DeviceBackend::allreduce(Tensors& tensors,
   if (!isHere(tensors)) return MnemosyneBackend::allreduce(tensors, opts);
   return run(
       {sizeOf(tensors)},
-      [&](Backend& to, Tensors& a) { return to.allreduce(a, opts); },
+      [&](Backend& to, Tensors& a) { return to.allreduce(a, async(opts)); },
       both(tensors));
 }
 
@@ -464,7 +472,9 @@ WorkPtr DeviceBackend::allreduce_sparse(Tensors& tensors,
     return MnemosyneBackend::allreduce_sparse(tensors, opts);
   return run(
       {sizeOf(tensors)},
-      [&](Backend& to, Tensors& a) { return to.allreduce_sparse(a, opts); },
+      [&](Backend& to, Tensors& a) {
+        return to.allreduce_sparse(a, async(opts));
+      },
       both(tensors));
 }
 
@@ -474,7 +484,9 @@ WorkPtr DeviceBackend::allreduce_coalesced(
     return MnemosyneBackend::allreduce_coalesced(tensors, opts);
   return run(
       {sizeOf(tensors)},
-      [&](Backend& to, Tensors& a) { return to.allreduce_coalesced(a, opts); },
+      [&](Backend& to, Tensors& a) {
+        return to.allreduce_coalesced(a, async(opts));
+      },
       both(tensors));
 }
 
@@ -483,7 +495,7 @@ WorkPtr DeviceBackend::reduce(Tensors& tensors,
   if (!isHere(tensors)) return MnemosyneBackend::reduce(tensors, opts);
   return run(
       {sizeOf(tensors)},
-      [&](Backend& to, Tensors& a) { return to.reduce(a, opts); },
+      [&](Backend& to, Tensors& a) { return to.reduce(a, async(opts)); },
       both(tensors));
 }
 
@@ -494,7 +506,7 @@ WorkPtr DeviceBackend::allgather(TensorLists& outputs, Tensors& inputs,
   return run(
       {sizeOf(outputs)},
       [&](Backend& to, TensorLists& a, Tensors& b) {
-        return to.allgather(a, b, opts);
+        return to.allgather(a, b, async(opts));
       },
       out(outputs), in(inputs));
 }
@@ -506,7 +518,7 @@ WorkPtr DeviceBackend::_allgather_base(at::Tensor& output, at::Tensor& input,
   return run(
       {sizeOf(output)},
       [&](Backend& to, at::Tensor& a, at::Tensor& b) {
-        return to._allgather_base(a, b, opts);
+        return to._allgather_base(a, b, async(opts));
       },
       out(output), in(input));
 }
@@ -519,7 +531,7 @@ WorkPtr DeviceBackend::allgather_coalesced(TensorLists& outputs,
   return run(
       {sizeOf(outputs)},
       [&](Backend& to, TensorLists& a, Tensors& b) {
-        return to.allgather_coalesced(a, b, opts);
+        return to.allgather_coalesced(a, b, async(opts));
       },
       out(outputs), in(inputs));
 }
@@ -532,7 +544,7 @@ WorkPtr DeviceBackend::allgather_into_tensor_coalesced(
   return run(
       {sizeOf(outputs)},
       [&](Backend& to, Tensors& a, Tensors& b) {
-        return to.allgather_into_tensor_coalesced(a, b, opts);
+        return to.allgather_into_tensor_coalesced(a, b, async(opts));
       },
       out(outputs), in(inputs));
 }
@@ -545,7 +557,7 @@ WorkPtr DeviceBackend::gather(TensorLists& outputs, Tensors& inputs,
   return run(
       {sizeOf(inputs)},
       [&](Backend& to, TensorLists& a, Tensors& b) {
-        return to.gather(a, b, opts);
+        return to.gather(a, b, async(opts));
       },
       out(outputs), in(inputs));
 }
@@ -558,7 +570,7 @@ WorkPtr DeviceBackend::scatter(Tensors& outputs, TensorLists& inputs,
   return run(
       {sizeOf(outputs)},
       [&](Backend& to, Tensors& a, TensorLists& b) {
-        return to.scatter(a, b, opts);
+        return to.scatter(a, b, async(opts));
       },
       out(outputs), in(inputs));
 }
@@ -570,7 +582,7 @@ WorkPtr DeviceBackend::reduce_scatter(Tensors& outputs, TensorLists& inputs,
   return run(
       {sizeOf(inputs)},
       [&](Backend& to, Tensors& a, TensorLists& b) {
-        return to.reduce_scatter(a, b, opts);
+        return to.reduce_scatter(a, b, async(opts));
       },
       out(outputs), in(inputs));
 }
@@ -583,7 +595,7 @@ WorkPtr DeviceBackend::_reduce_scatter_base(
   return run(
       {sizeOf(input)},
       [&](Backend& to, at::Tensor& a, at::Tensor& b) {
-        return to._reduce_scatter_base(a, b, opts);
+        return to._reduce_scatter_base(a, b, async(opts));
       },
       out(output), in(input));
 }
@@ -596,7 +608,7 @@ WorkPtr DeviceBackend::reduce_scatter_tensor_coalesced(
   return run(
       {sizeOf(inputs)},
       [&](Backend& to, Tensors& a, Tensors& b) {
-        return to.reduce_scatter_tensor_coalesced(a, b, opts);
+        return to.reduce_scatter_tensor_coalesced(a, b, async(opts));
       },
       out(outputs), in(inputs));
 }
@@ -613,7 +625,7 @@ WorkPtr DeviceBackend::alltoall_base(at::Tensor& output, at::Tensor& input,
   return run(
       {0},
       [&](Backend& to, at::Tensor& a, at::Tensor& b) {
-        return to.alltoall_base(a, b, output_splits, input_splits, opts);
+        return to.alltoall_base(a, b, output_splits, input_splits, async(opts));
       },
       out(output), in(input));
 }
@@ -625,7 +637,7 @@ WorkPtr DeviceBackend::alltoall(Tensors& outputs, Tensors& inputs,
   return run(
       {0},
       [&](Backend& to, Tensors& a, Tensors& b) {
-        return to.alltoall(a, b, opts);
+        return to.alltoall(a, b, async(opts));
       },
       out(outputs), in(inputs));
 }
