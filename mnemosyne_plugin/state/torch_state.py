@@ -34,21 +34,35 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     return tensors
 
 
+class StateAllocator:
+    """Makes state tensors of an optimizer where its step would make them."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._counts_on_device = {
+            id(parameter)
+            for group in optimizer.param_groups
+            if group.get("fused") or group.get("capturable")
+            for parameter in group["params"]
+        }
+
+    def make(self, entry: Entry, parameter: torch.Tensor) -> torch.Tensor:
+        """Return one as ``entry`` says, on the parameter's device.
+
+        Scalars such as Adam's ``step`` are on the CPU, unless its kernels count.
+        """
+        is_there = entry.shape or id(parameter) in self._counts_on_device
+        return torch.empty(
+            entry.shape,
+            dtype=torch_dtype(entry.dtype),
+            device=parameter.device if is_there else "cpu",
+        )
+
+
 def allocate_optimizer(
     optimizer: torch.optim.Optimizer, manifest: Sequence[Entry]
 ) -> None:
-    """Make the state tensors that ``manifest`` names, on their parameter's device.
-
-    Scalars such as Adam's ``step`` are on the CPU, unless its kernels count. What is
-    there already, and fits, stays.
-    """
-    parameters = dict(_parameters(optimizer))
-    counts_on_device = {
-        id(parameter)
-        for group in optimizer.param_groups
-        if group.get("fused") or group.get("capturable")
-        for parameter in group["params"]
-    }
+    """Make the state tensors that ``manifest`` names; what is there and fits stays."""
+    parameters, allocator = dict(_parameters(optimizer)), StateAllocator(optimizer)
     before = dict(optimizer.state)
     optimizer.state.clear()
     for entry in manifest:
@@ -63,15 +77,10 @@ def allocate_optimizer(
                 key=entry.key,
             )
         parameter = parameters[place]
-        is_there = entry.shape or id(parameter) in counts_on_device
         value = before.get(parameter, {}).get(name)
         is_tensor = isinstance(value, torch.Tensor)
         if not is_tensor or describe({entry.key: value}) != (entry,):
-            value = torch.empty(
-                entry.shape,
-                dtype=torch_dtype(entry.dtype),
-                device=parameter.device if is_there else "cpu",
-            )
+            value = allocator.make(entry, parameter)
         optimizer.state[parameter][name] = value
 
 

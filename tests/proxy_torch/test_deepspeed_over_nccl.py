@@ -60,7 +60,7 @@ def test_a_device_that_hangs_is_replaced_and_others_are_not(
 def test_workers_that_die_are_replaced_over_nccl(
     way: list[str], undisturbed: Job, tmp_path: Path
 ) -> None:
-    chaos = ["kill rank=1 step=4 phase=forward", "kill rank=0 step=8 phase=optimizer"]
+    chaos = ["kill rank=1 step=4 phase=forward", "kill rank=0 step=8 phase=vote"]
     job = train_deepspeed(tmp_path, *way, chaos=chaos)
     assert job.lines == undisturbed.lines
     assert sorted(rank for rank, _ in job.pids) == [0, 0, 1, 1]

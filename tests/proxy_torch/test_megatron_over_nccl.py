@@ -86,7 +86,7 @@ def test_a_device_that_hangs_is_replaced_and_others_are_not(
 def test_workers_that_die_are_replaced_over_nccl(
     undisturbed: Callable[[str], Job], tmp_path: Path, layout: str
 ) -> None:
-    chaos = ["kill rank=1 step=4 phase=forward", "kill rank=0 step=8 phase=optimizer"]
+    chaos = ["kill rank=1 step=4 phase=forward", "kill rank=0 step=8 phase=vote"]
     job = run(tmp_path, *LAYOUTS[layout], chaos=chaos)
     assert job.lines == undisturbed(layout).lines
     assert sorted(rank for rank, _ in job.pids) == [0, 0, 1, 1]

@@ -14,10 +14,11 @@ import torch
 from mnemosyne_plugin.adapters.deepspeed.state import EngineScalars
 from mnemosyne_plugin.adapters.lost_device import Copies
 from mnemosyne_plugin.errors import ConfigError, StateMismatch
-from mnemosyne_plugin.state.manifest import Entry, torch_dtype
+from mnemosyne_plugin.state.manifest import Entry
 from mnemosyne_plugin.state.torch_state import (
     Buffers,
     Frozen,
+    StateAllocator,
     Tensors,
     check_manifest,
 )
@@ -258,6 +259,7 @@ class ZeroState:
     def allocate(self, manifest: Sequence[Entry]) -> Tensors:
         masters = self.stage.masters()
         wanted = {entry.key: entry for entry in manifest}
+        allocator = StateAllocator(self.optimizer)
         for key in self.tensors().keys() - wanted.keys():
             if key.startswith("optimizer/"):  # made since, by the first step
                 _, number, name = key.split("/", 2)
@@ -270,11 +272,7 @@ class ZeroState:
             if kind != "optimizer" or int(number) >= len(masters):
                 continue  # check_manifest says so
             entry, master = wanted[key], masters[int(number)]
-            self.optimizer.state[master][name] = torch.empty(
-                entry.shape,
-                dtype=torch_dtype(entry.dtype),
-                device=master.device if entry.shape else "cpu",
-            )
+            self.optimizer.state[master][name] = allocator.make(entry, master)
         tensors = self.tensors()
         check_manifest(tensors, manifest)
         return tensors
