@@ -129,6 +129,9 @@ def of_proxy(findings: Findings) -> Iterator[Gap]:
         return
     if proxy.error:
         yield Gap("the device proxy was not built", _INSTALL_AGAIN)
+    elif proxy.unsupported is None:  # and LD_PRELOAD passes over it
+        why = findings.why_not("proxy")
+        yield Gap(f"the device proxy does not load: {why}", _INSTALL_AGAIN)
     if torch is not None and not torch.cuda:
         yield Gap(
             "the device proxy has nothing to serve: this torch is built without CUDA",

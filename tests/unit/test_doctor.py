@@ -190,6 +190,7 @@ def test_unknown_gpus_do_not_matter_to_a_torch_without_cuda() -> None:
     ("changes", "want"),
     [
         ({"proxy": Proxy(error="no library")}, "was not built"),
+        ({"proxy": Proxy(), "unknown": {"proxy": "torn"}}, "does not load: torn"),
         ({"torch": ON_CPU.torch}, "built without CUDA"),
         ({"gpus": Gpus()}, "no GPU: none is seen"),
         ({"environment": {"CUDA_VISIBLE_DEVICES": "7"}}, "no GPU: none is seen"),
