@@ -26,8 +26,13 @@ _HOOKS = {
 
 def autoload() -> None:
     """Set the hook. Called by torch at the end of its import."""
-    if not any(isinstance(finder, _PostImport) for finder in sys.meta_path):
+    if not is_on():
         sys.meta_path.insert(0, _PostImport())
+
+
+def is_on() -> bool:
+    """Whether the hook is set in this process."""
+    return any(isinstance(finder, _PostImport) for finder in sys.meta_path)
 
 
 class _PostImport:

@@ -1,4 +1,4 @@
-"""``mnemosyne``: run a job, or report on one."""
+"""``mnemosyne``: run a job, report on one, or look whether one would be protected."""
 
 import argparse
 import gc
@@ -15,6 +15,7 @@ from mnemosyne_plugin.errors import ConfigError, MnemosyneError
 
 _CHAOS = "mnemosyne_plugin.chaos"
 
+EXIT_UNPROTECTED = 1
 EXIT_USAGE = 2
 EXIT_FATAL = 3
 
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == ["run"]:
             _run(words[1:])
         args = _parser().parse_args(words)
+        if args.command == "doctor":
+            return _examine(args)
         print(report.table(report.recoveries(args.run_dir)) or "no recoveries")
         return 0
     except ConfigError as error:
@@ -41,11 +44,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mnemosyne", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     # Only listed here: `run` has torchrun's parser, which imports torch.
     commands.add_parser("run", help="run a script, as torchrun does; see run --help")
     command = commands.add_parser("report", help="print the recoveries of a run")
     command.add_argument("run_dir", metavar="RUN_DIR", type=_run_dir)
+    what = "tell what is here, what a job would use, and what would not survive"
+    command = commands.add_parser("doctor", help=what, description=what)
+    command.add_argument(
+        "--device-proxy",
+        "--device_proxy",
+        action="store_true",
+        help="judge as for `mnemosyne run --device-proxy`",
+    )
+    command.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help="the longest wait for each of torch, the driver and the device proxy",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
@@ -53,6 +71,24 @@ def _run_dir(path: str) -> str:
     if not os.path.isdir(os.path.join(path, "events")):
         raise argparse.ArgumentTypeError(f"{path} is no run directory")
     return path
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
+    return value
+
+
+def _examine(args: argparse.Namespace) -> int:
+    from mnemosyne_plugin import doctor
+
+    findings = doctor.examine(args.device_proxy, args.timeout)
+    if args.json:
+        print(json.dumps(doctor.data(findings), indent=2))
+    else:
+        print(doctor.text(findings))
+    return 0 if doctor.is_protected(findings) else EXIT_UNPROTECTED
 
 
 def _run(words: Sequence[str]) -> NoReturn:

@@ -44,6 +44,21 @@ def preload(
     return preload if timeout_s is None else {**preload, _TIMEOUT: str(timeout_s)}
 
 
+def unloaded(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return ``environment`` such that a python there runs without the proxy."""
+    names = environment.get("LD_PRELOAD", "").replace(":", " ").split()
+    others = [name for name in names if os.path.basename(name) not in _CLIENT]
+    return {**environment, "LD_PRELOAD": ":".join(others)}
+
+
+def installed() -> "DeviceProxy":
+    """Return the client as a library like any other: for what no device is asked.
+
+    Raises ConfigError if this installation has none.
+    """
+    return DeviceProxy(ctypes.CDLL(preload({})["LD_PRELOAD"].partition(":")[0]))
+
+
 @functools.cache
 def loaded() -> "DeviceProxy | None":
     """Return the proxy of this process; None if it was started without one."""

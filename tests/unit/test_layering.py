@@ -20,6 +20,7 @@ LEVELS = (
     ("data",),  # adapters have loaders of their own
     ("launch", "adapters"),
     ("autoload", "chaos", "megatron"),  # the last one: what its users import
+    ("doctor",),  # asks autoload whether it is on
     ("cli",),  # starts chaos when the user asks for it
 )
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
