@@ -117,6 +117,7 @@ def test_a_death_in_a_save_costs_one_checkpoint_at_most(
     assert not [name for name in tags(folder) if "saving" in name]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_job_that_was_resumed_survives_and_loads_nothing_twice(
     cluster: Job, healthy: Callable[[int], LocalCluster], tmp_path: Path

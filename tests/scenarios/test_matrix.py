@@ -11,8 +11,8 @@ from matrix.plan import Configuration
 from matrix.runs import OK, Runs
 
 ROWS = (*deepspeed_plan.DIAGONAL, *megatron_plan.DIAGONAL)
-# The longest of them, and one that test_user_scripts has in part.
-LONG = ("pp2v2-plain+overlap-fp32", "pipe+zero1-bf16")
+# The longest of them, and what test_user_scripts and test_redundancy have in part.
+LONG = ("pp2v2-plain+overlap-fp32", "pipe+zero1-bf16", "zero3-fp32")
 
 
 def parameters() -> Iterator[Any]:
