@@ -16,6 +16,7 @@ import torch
 
 from mnemosyne_plugin import recovery
 from mnemosyne_plugin.adapters.lost_device import Copies, Results, tell
+from mnemosyne_plugin.adapters.redo import free_unwound_step
 from mnemosyne_plugin.data import positions
 from mnemosyne_plugin.errors import ConfigError, FatalError
 from mnemosyne_plugin.recovery.commit import Outcome
@@ -146,6 +147,7 @@ class Session:
             try:
                 result = self._run(attempt)
             except _Redo:
+                free_unwound_step()
                 restore_rng(rng)
                 is_again = True
                 continue

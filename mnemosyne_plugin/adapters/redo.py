@@ -1,8 +1,13 @@
 """What adapters share: the commit of a step, and its unwinding."""
 
+import gc
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from mnemosyne_plugin.recovery.commit import Outcome
 from mnemosyne_plugin.recovery.manager import Manager
@@ -14,6 +19,21 @@ class Redo(BaseException):
 
 class Made(BaseException):
     """Unwinds a mutation that the others have made, and this rank has."""
+
+
+def free_unwound_step() -> None:
+    """Free what the step that is being unwound has on a device, before it is redone.
+
+    Its activations lie in the frames of exceptions that are still being handled, and
+    in cycles; a device may have no room for them twice.
+    """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return
+    error = sys.exc_info()[1]
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    gc.collect()
 
 
 class Commit:

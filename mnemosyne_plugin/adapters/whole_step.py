@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mnemosyne_plugin.adapters.lost_device import Copies, ResultCopies
-from mnemosyne_plugin.adapters.redo import Commit, Redo
+from mnemosyne_plugin.adapters.redo import Commit, Redo, free_unwound_step
 from mnemosyne_plugin.errors import FatalError
 from mnemosyne_plugin.recovery.commit import Outcome
 from mnemosyne_plugin.recovery.manager import Manager
@@ -124,6 +124,7 @@ class WholeStep:
 
     def catch_up(self) -> None:
         """Repair the job, and make all steps again that it has gone back behind."""
+        free_unwound_step()
         rng = capture_rng()
         while True:
             if self._lost_batch is not None:

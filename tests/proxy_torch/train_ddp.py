@@ -79,6 +79,9 @@ def main() -> None:
             flat = tensor.detach().cpu().reshape(-1)
             hashed.update(flat.view(torch.uint8).numpy().tobytes())
     log(f"digest {rank} {hashed.hexdigest()}")
+    del batches, hashed
+    torch.cuda.synchronize()
+    log(f"memory {rank} {torch.cuda.memory_allocated()}")
 
 
 if __name__ == "__main__":

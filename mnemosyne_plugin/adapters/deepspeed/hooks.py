@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from mnemosyne_plugin.adapters.deepspeed.state import EngineState, reset_timers
 from mnemosyne_plugin.adapters.deepspeed.zero import ZeroState
 from mnemosyne_plugin.adapters.lost_device import Copies, ResultCopies
-from mnemosyne_plugin.adapters.redo import Commit, Made, Redo
+from mnemosyne_plugin.adapters.redo import Commit, Made, Redo, free_unwound_step
 from mnemosyne_plugin.ccl.intercept import num_collectives
 from mnemosyne_plugin.errors import ConfigError, FatalError, StateMismatch
 from mnemosyne_plugin.recovery.commit import Outcome
@@ -387,6 +387,7 @@ class EngineHooks:
 
         The step under way is made again as far as it had come.
         """
+        free_unwound_step()
         rng, micro_steps = capture_rng(), self._engine.micro_steps
         step_timers = self._engine.engine_timers.step_timers  # of engine.step() itself
         while True:
