@@ -67,3 +67,14 @@ def test_a_worker_dies_while_another_rank_loses_its_device(
     assert job.lines == undisturbed.lines
     assert set(job.num_recoveries) == {1}
     assert [rank for rank, _ in job.pids].count(1) == 1
+
+
+def test_a_communicator_that_hangs_costs_no_server(
+    undisturbed: Job, tmp_path: Path
+) -> None:
+    fault = "fault=stalled_communicator,at=11"
+    job = train("train_ddp.py", tmp_path, emulated=fault)
+    assert job.lines == undisturbed.lines
+    assert not job.num_recoveries and not job.ranks_that_hung
+    assert len(job.pids) == len(job.groups) == 2
+    assert job.kept

@@ -1,7 +1,10 @@
 // What a communicator runs in a stream. All of it is made of transfers between
 // two ranks; sums are made by whoever wants them, in the order of the ranks.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstring>
+#include <thread>
 
 #include "proxy/emulated/communicator.h"
 
@@ -29,6 +32,10 @@ void copy(const void* from, void* to, size_t size_bytes) {
 int Communicator::run(const std::vector<Call>& calls) {
   for (const Call& call : calls) {
     if (!isReachable(call)) return kCudaIllegalAddress;
+  }
+  static std::atomic<uint64_t> count{0};
+  if (device()->options().stalls(count++)) {
+    while (!isOver()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   // What is left undone when the communicator is over stays undone: whoever
   // aborts does not look at the result.

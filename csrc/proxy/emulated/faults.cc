@@ -26,6 +26,7 @@ constexpr struct {
     {"lost_device", Fault::kLostDevice, kCudaUnknown},
     {"kill", Fault::kKill, kCudaSuccess},
     {"slow", Fault::kSlow, kCudaSuccess},
+    {"stalled_communicator", Fault::kStalledCommunicator, kCudaSuccess},
 };
 
 uint64_t number(const std::string& text, const std::string& of) {
@@ -132,6 +133,11 @@ int Options::strike(uint64_t number) const {
     if (each.fault == fault) return each.error;
   }
   return kCudaSuccess;
+}
+
+bool Options::stalls(uint64_t number) const {
+  return fault == Fault::kStalledCommunicator && number == at &&
+         server.value_or(generation) == generation;
 }
 
 }  // namespace mnemosyne::proxy::emulated

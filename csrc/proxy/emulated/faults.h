@@ -7,9 +7,12 @@
 //   devices=N              how many there are, of which a process uses one; 1
 //   serial=N               the number of the first in its UUID, and so on; 0
 //   fault=NAME             one of the table in faults.cc; none. `lost_device`
-//                          takes the first device away from later servers
+//                          takes the first device away from later servers, and
+//                          with `stalled_communicator` a call of NCCL waits
+//                          until its communicator is aborted
 //   at=N                   with which device operation (a launch, a copy, a
-//                          memset, a BLAS or NCCL call; the first is 0); 0
+//                          memset, a BLAS or NCCL call; the first is 0); 0.
+//                          `stalled_communicator` counts calls of NCCL only
 //   server=G               only in the server of this generation, which
 //                          MNEMOSYNE_PROXY_GENERATION tells; in any
 //   slow_ms=N              what `slow` adds to each operation; 5
@@ -34,6 +37,7 @@ enum class Fault {
   kLostDevice,
   kKill,
   kSlow,
+  kStalledCommunicator,
 };
 
 class OptionError : public std::runtime_error {
@@ -65,6 +69,8 @@ struct Options {
   // Called in front of operation `number`: does what the fault does, and
   // returns the error that the operation ends with.
   int strike(uint64_t number) const;
+  // Whether NCCL's call `number` is the one that waits for ever.
+  bool stalls(uint64_t number) const;
 };
 
 }  // namespace mnemosyne::proxy::emulated
