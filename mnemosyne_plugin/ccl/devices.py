@@ -5,7 +5,7 @@ Ours is the life around it. docs/design.md, "Groups on devices".
 
 import importlib
 import os
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -65,6 +65,11 @@ class Devices:
         """Wait for all that this process has given to its devices."""
         if self.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
+
+
+def are_named(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether MNEMOSYNE_DEVICE_GROUPS says what moves tensors on devices."""
+    return bool(environment.get(_VARIABLE))
 
 
 def find_devices(

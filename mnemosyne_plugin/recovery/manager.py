@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any
 
 from mnemosyne_plugin import ccl
-from mnemosyne_plugin.ccl.devices import find_devices
+from mnemosyne_plugin.ccl.devices import are_named, find_devices
 from mnemosyne_plugin.ccl.intercept import group_ids, serve_process_groups
 from mnemosyne_plugin.config import DeviceProxyConfig
 from mnemosyne_plugin.errors import (
@@ -90,6 +90,8 @@ class Manager:
         self.world_size = len(seat.membership.members)
         self.version = 0
         self._events = events
+        if are_named():
+            proxy = None  # a worker that loses its device is replaced
         devices = find_devices(has_proxy=proxy is not None)
         self._device = Device(proxy, mesh, seat.rank, events) if proxy else None
         look = self._device.look if self._device is not None else lambda: None

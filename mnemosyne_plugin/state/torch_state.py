@@ -38,10 +38,14 @@ class StateAllocator:
     """Makes state tensors of an optimizer where its step would make them."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._counts_on_device = {
+        groups = optimizer.param_groups
+        counting = [bool(g.get("fused") or g.get("capturable")) for g in groups]
+        # ZeRO 3 puts its masters into the groups for the time of a step only.
+        self._counts_elsewhere = any(counting)
+        self._counts_on_host = {
             id(parameter)
-            for group in optimizer.param_groups
-            if group.get("fused") or group.get("capturable")
+            for group, counts in zip(groups, counting, strict=True)
+            if not counts
             for parameter in group["params"]
         }
 
@@ -50,7 +54,8 @@ class StateAllocator:
 
         Scalars such as Adam's ``step`` are on the CPU, unless its kernels count.
         """
-        is_there = entry.shape or id(parameter) in self._counts_on_device
+        counts = self._counts_elsewhere and id(parameter) not in self._counts_on_host
+        is_there = entry.shape or counts
         return torch.empty(
             entry.shape,
             dtype=torch_dtype(entry.dtype),

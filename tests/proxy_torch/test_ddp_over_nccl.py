@@ -73,7 +73,7 @@ def test_a_communicator_that_hangs_costs_no_server(
     undisturbed: Job, tmp_path: Path
 ) -> None:
     fault = "fault=stalled_communicator,at=11"
-    job = train("train_ddp.py", tmp_path, emulated=fault)
+    job = train("train_ddp.py", tmp_path, MNEMOSYNE_EMULATED=fault)
     assert job.lines == undisturbed.lines
     assert not job.num_recoveries and not job.ranks_that_hung
     assert len(job.pids) == len(job.groups) == 2

@@ -8,6 +8,7 @@ from under_proxy import Job, needs_torch, train
 
 pytestmark = [needs_torch, pytest.mark.timeout(600)]
 NUM_STEPS = 12
+KILLS = ["kill rank=1 step=4 phase=forward", "kill rank=0 step=8 phase=vote"]
 # Within as many commands servers die. A step without a shard in bf16 takes more.
 WAYS = [(0, "fp32", 900), (1, "fp32", 900), (2, "fp32", 900), (0, "bf16", 3000)]
 
@@ -18,7 +19,9 @@ def way(request: pytest.FixtureRequest) -> list[str]:
     return [f"--stage={stage}", f"--dtype={dtype}", f"--kill-within={within}"]
 
 
-def train_deepspeed(folder: Path, *args: str, chaos: Sequence[str] = ()) -> Job:
+def train_deepspeed(
+    folder: Path, *args: str, chaos: Sequence[str] = (), **variables: str
+) -> Job:
     return train(
         "train_deepspeed.py",
         folder,
@@ -26,6 +29,7 @@ def train_deepspeed(folder: Path, *args: str, chaos: Sequence[str] = ()) -> Job:
         device_timeout_s=None,  # it is in the ds_config
         preload="deepspeed",  # the nursery imports it, which counts devices
         chaos=chaos,
+        **variables,
     )
 
 
@@ -60,7 +64,18 @@ def test_a_device_that_hangs_is_replaced_and_others_are_not(
 def test_workers_that_die_are_replaced_over_nccl(
     way: list[str], undisturbed: Job, tmp_path: Path
 ) -> None:
-    chaos = ["kill rank=1 step=4 phase=forward", "kill rank=0 step=8 phase=vote"]
-    job = train_deepspeed(tmp_path, *way, chaos=chaos)
+    job = train_deepspeed(tmp_path, *way, chaos=KILLS)
+    assert job.lines == undisturbed.lines
+    assert sorted(rank for rank, _ in job.pids) == [0, 0, 1, 1]
+
+
+def test_without_the_proxys_recovery_workers_that_die_are_replaced_too(
+    tmp_path: Path,
+) -> None:
+    # As on a GPU: our groups, and NCCL below them.
+    plain = {"MNEMOSYNE_DEVICE_GROUPS": "nccl"}
+    options = ("--stage=3", "--plain")
+    undisturbed = train_deepspeed(tmp_path / "undisturbed", *options, **plain)
+    job = train_deepspeed(tmp_path / "killed", *options, chaos=KILLS, **plain)
     assert job.lines == undisturbed.lines
     assert sorted(rank for rank, _ in job.pids) == [0, 0, 1, 1]

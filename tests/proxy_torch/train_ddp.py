@@ -75,7 +75,8 @@ def main() -> None:
         log(f"{step} {rank} {loss.hex()}")
     hashed = hashlib.sha256()
     for parameter in model.parameters():
-        for tensor in (parameter, *optimizer.state[parameter].values()):
+        state = optimizer.state[parameter]
+        for tensor in (parameter, *(state[name] for name in sorted(state))):
             flat = tensor.detach().cpu().reshape(-1)
             hashed.update(flat.view(torch.uint8).numpy().tobytes())
     log(f"digest {rank} {hashed.hexdigest()}")

@@ -38,14 +38,14 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def launch(
-    program: str, *args: str, launcher: Sequence[str], emulated: str = ""
+    program: str, *args: str, launcher: Sequence[str], **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of this folder by `mnemosyne run --device-proxy`."""
     # The extension in the tree serves torch's CUDA build of the same version as well.
     command = [PYTHON, "-m", "mnemosyne_plugin.cli", "run", "--device-proxy", *launcher]
-    variables = environment(MNEMOSYNE_EMULATED=emulated)
-    del variables["LD_PRELOAD"]  # the launcher's business
-    return _finish([*command, str(HERE / program), *args], variables)
+    everything = environment(**variables)
+    del everything["LD_PRELOAD"]  # the launcher's business
+    return _finish([*command, str(HERE / program), *args], everything)
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,9 @@ def train(
     preload: str = "torch",
     num_ranks: int = 2,
     chaos: Sequence[str] = (),
-    emulated: str = "",
+    **variables: str,
 ) -> Job:
-    """Run a training program of this folder to its good end.
-
-    emulated: csrc/proxy/emulated/faults.h.
-    """
+    """Run a training program of this folder to its good end."""
     _make_entry_point()
     run_dir = folder / "run"
     launcher = [
@@ -88,7 +85,7 @@ def train(
     if device_timeout_s is not None:
         launcher.append(f"--device-timeout={device_timeout_s}")
     log = f"--log={folder / 'log'}"
-    launch(program, *args, log, launcher=launcher, emulated=emulated)
+    launch(program, *args, log, launcher=launcher, **variables)
     events = read_events(run_dir)
     recovered = [e.fields["rank"] for e in events if e.name == "device_recovered"]
     groups = [e.fields for e in events if e.name == "groups"]

@@ -251,7 +251,11 @@ MNEMOSYNE_EXPORT int cuLaunchKernelEx(const LaunchConfig* config,
         if (!isLaunchable(*config, loaded)) return kCudaInvalidValue;
         Kernel* const kernel = registry().find(loaded.name);
         if (kernel == nullptr) {
-          if (!device()->options().skip_unknown_kernels) return kCudaNotFound;
+          if (!device()->options().skip_unknown_kernels) {
+            std::fprintf(stderr, "emulated device: no host function for %s\n",
+                         loaded.name.c_str());
+            return kCudaNotFound;
+          }
           registry().skipped(loaded.name);
         }
         Buffer buffer;

@@ -266,12 +266,15 @@ class ZeroState:
                 del self.optimizer.state[masters[int(number)]][name]
                 # DeepSpeed links parameters to the moments when they are made.
                 self._engine.optimizer._hp_optimizer_states_linked = False
-        for key in wanted.keys() - self.tensors().keys():
-            kind, _, place = key.partition("/")
+        present = self.tensors()
+        for entry in manifest:
+            kind, _, place = entry.key.partition("/")
             number, _, name = place.partition("/")
-            if kind != "optimizer" or int(number) >= len(masters):
+            if entry.key in present or kind != "optimizer":
+                continue
+            if int(number) >= len(masters):
                 continue  # check_manifest says so
-            entry, master = wanted[key], masters[int(number)]
+            master = masters[int(number)]
             self.optimizer.state[master][name] = allocator.make(entry, master)
         tensors = self.tensors()
         check_manifest(tensors, manifest)

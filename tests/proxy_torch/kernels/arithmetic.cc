@@ -138,6 +138,8 @@ void addFor(RegisterKernel* add_to) {
 void addArithmetic(RegisterKernel* add_to) {
   addFor<int32_t>(add_to);
   addFor<int64_t>(add_to);
+  addFor<double>(add_to);
+  addBinary<double, Divide<double>>(add_to, "10DivFunctor");
   for (const char* name :
        {"10MulFunctor", "17BitwiseAndFunctor", "23logical_and_kernel_cuda"}) {
     addBinary<bool, And>(add_to, name);

@@ -125,10 +125,13 @@ void addFor(RegisterKernel* add_to) {
 
 void addComparisons(RegisterKernel* add_to) {
   addFor<int64_t>(add_to);
+  addFor<double>(add_to);
   addElementwise<Not<bool>>(add_to, lambda<bool>("23logical_not_kernel_cuda"));
   addElementwise<Not<bool>>(add_to, lambda<bool>("23bitwise_not_kernel_cuda"));
   addElementwise<Clamp<int32_t>>(add_to,
                                  lambda<int32_t>("19launch_clamp_scalar"));
+  addElementwise<Clamp<double>>(add_to,
+                                lambda<double>("19launch_clamp_scalar"));
   addElementwise<Clamp<int64_t>>(add_to,
                                  lambda<int64_t>("19launch_clamp_scalar"));
   addElementwise<Where<uint32_t>>(add_to, "Z*17where_kernel_impl*EUlbjjE_");

@@ -43,6 +43,16 @@ float sigmoidBackward(float gradient, float y) {
 }
 float tanhBackward(float gradient, float y) { return gradient * (1 - y * y); }
 
+struct RootOfDouble {
+  double operator()(double x) const { return std::sqrt(x); }
+};
+struct ReciprocalOfDouble {
+  double operator()(double x) const { return 1 / x; }
+};
+struct AbsoluteDouble {
+  double operator()(double x) const { return std::abs(x); }
+};
+
 constexpr float kRootHalf = std::numbers::sqrt2_v<float> / 2;
 constexpr float kRootTwoOverPi =
     std::numbers::sqrt2_v<float> * std::numbers::inv_sqrtpi_v<float>;
@@ -151,7 +161,12 @@ void addFor(RegisterKernel* add_to) {
 
 void addUnary(RegisterKernel* add_to) {
   forFloating([&](auto number) { addFor<decltype(number)>(add_to); });
-  addPowers<double>(add_to);  // of norms, which DeepSpeed sums up in doubles
+  // For norms, which DeepSpeed sums up in doubles.
+  addPowers<double>(add_to);
+  addElementwise<RootOfDouble>(add_to, lambda<double>("16sqrt_kernel_cuda"));
+  addElementwise<ReciprocalOfDouble>(
+      add_to, lambda<double>("22reciprocal_kernel_cuda"));
+  addElementwise<AbsoluteDouble>(add_to, "NS0_10AbsFunctorIdEE");
 }
 
 }  // namespace mnemosyne::torch_kernels
