@@ -338,10 +338,27 @@ WorkPtr DeviceBackend::runInner(const Route& route, const Call& call,
   return c10::make_intrusive<DoneWork>(getRank(), outputsOf(args...));
 }
 
+void DeviceBackend::eagerConnectSingleDevice(at::Device device) {
+  std::lock_guard<std::mutex> lock(eager_mu_);
+  eager_device_ = device;
+}
+
+Inner::BackendPtr DeviceBackend::ready(const Group& group, int64_t epoch) {
+  Inner::BackendPtr inner = inner_->get(group, epoch);
+  std::optional<at::Device> device;
+  {
+    std::lock_guard<std::mutex> lock(eager_mu_);
+    if (eager_ != inner) device = eager_device_;
+    eager_ = inner;
+  }
+  if (device) inner->eagerConnectSingleDevice(*device);
+  return inner;
+}
+
 // Null if it cannot be had, and that is absorbed.
 Inner::BackendPtr DeviceBackend::connected(const Group& group, int64_t epoch) {
   try {
-    return inner_->get(group, epoch);
+    return ready(group, epoch);
   } catch (...) {
     // Whatever it is, the others have what this rank has not.
     fail(group, epoch, describe(std::current_exception()));

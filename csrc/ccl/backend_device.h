@@ -3,6 +3,8 @@
 // member was replaced. docs/design.md, "Groups on devices".
 #pragma once
 
+#include <optional>
+
 #include "ccl/backend.h"
 #include "ccl/backend_inner.h"
 
@@ -20,7 +22,7 @@ class DeviceBackend final : public MnemosyneBackend {
 
   Inner& inner() const { return *inner_; }
   // Makes the inner one if there is none. Collective.
-  void connect() { (void)inner_->get(*group(), mesh()->currentEpoch()); }
+  void connect() { (void)ready(*group(), mesh()->currentEpoch()); }
 
   // Fences the mesh if the inner one has failed, which may know more than links
   // do. Any thread.
@@ -30,8 +32,9 @@ class DeviceBackend final : public MnemosyneBackend {
   uint64_t getSequenceNumberForGroup() override {
     return MnemosyneBackend::getSequenceNumberForGroup() + num_inner_;
   }
-  // The first operation connects; a newcomer's set-up must not.
-  void eagerConnectSingleDevice(at::Device) override {}
+  // The first operation connects; a newcomer's set-up must not. That it was
+  // asked for is kept: NCCL's sends and receives then wait for each other.
+  void eagerConnectSingleDevice(at::Device device) override;
   void setTimeout(std::chrono::milliseconds timeout) override;
   void abort() override;
   void shutdown() override;
@@ -104,6 +107,7 @@ class DeviceBackend final : public MnemosyneBackend {
   WorkPtr runInner(const Route& route, const Call& call, Args... args);
   void joinBundle(const Inner::BackendPtr& inner);
   WorkPtr keep(WorkPtr work);
+  Inner::BackendPtr ready(const Group& group, int64_t epoch);
   Inner::BackendPtr connected(const Group& group, int64_t epoch);
   void fail(const Group& group, int64_t epoch, const std::string& why);
 
@@ -111,6 +115,9 @@ class DeviceBackend final : public MnemosyneBackend {
   const Inner::Make make_;
   const std::shared_ptr<Inner> inner_;
   std::atomic<uint64_t> num_inner_{0};  // operations
+  std::mutex eager_mu_;
+  std::optional<at::Device> eager_device_;  // guarded by eager_mu_
+  Inner::BackendPtr eager_;  // guarded by eager_mu_: the one that knows of it
   std::mutex bundle_mu_;
   bool is_bundling_ = false;    // guarded by bundle_mu_
   Inner::BackendPtr bundling_;  // guarded by bundle_mu_: the one that coalesces

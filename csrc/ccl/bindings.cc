@@ -249,6 +249,9 @@ PYBIND11_MODULE(_C, m) {
            NoGil())
       .def("reseat", &MnemosyneBackend::reseat, py::arg("global_ranks"),
            NoGil())
+      // Where ranks are bound to devices, new_group asks this of the ranks that
+      // are not in the new group. We need nothing of them.
+      .def("perform_nocolor_split", [](MnemosyneBackend&, const at::Device&) {})
       .def_property_readonly("global_ranks",
                              [](const MnemosyneBackend& backend) {
                                return backend.group()->globalRanks();

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
+import torch
 from torch._C._distributed_c10d import Backend, PrefixStore, ProcessGroup, Store, Work
 
 from mnemosyne_plugin.errors import (
@@ -65,6 +66,7 @@ class MnemosyneBackend(Backend):
     def get_reconfigure_handle(self) -> str: ...
     def reconfigure(self, opts: ReconfigureOptions) -> Work: ...
     def reseat(self, global_ranks: list[int]) -> None: ...
+    def perform_nocolor_split(self, device: torch.device) -> None: ...
 
 class DeviceBackend(MnemosyneBackend):
     @property

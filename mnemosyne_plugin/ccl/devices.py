@@ -52,14 +52,17 @@ class Devices:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device(self.type)
 
-    def connect(self, group: DeviceGroup, device: torch.device) -> None:
-        """Make the group's backend and have it connect. Collective; any thread."""
+    def connect(self, group: DeviceGroup, device: torch.device, once: bool) -> None:
+        """Make the group's backend. Collective; any thread.
+
+        once: have its members communicate, which NCCL connects them for.
+        """
         if device.type == "cuda":
             torch.cuda.set_device(device)  # a thread begins with the first
         group.connect()
-        inner = group.inner
-        if device.type != "cpu" and inner is not None:
-            inner.eager_connect_single_device(device)
+        inner: Any = group.inner
+        if device.type == "cuda" and once and inner is not None:
+            inner.allreduce([torch.zeros(1, device=device)]).wait()
 
     def wait(self) -> None:
         """Wait for all that this process has given to its devices."""

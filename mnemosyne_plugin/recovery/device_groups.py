@@ -71,12 +71,13 @@ class DeviceGroups:
             {int(key): offer for key, offer in json.loads(blob).items()}
             for blob in blobs
         ]
-        old, new = [], []
+        old, new = [], list[tuple[DeviceGroup, bool]]()
         for key in sorted(groups):
             members = groups[key].global_ranks
             stands = [by_rank[rank].get(key, _NOTHING) for rank in members]
             if any(stand != _NOTHING for stand in stands) and not _agree(stands):
-                new.append(groups[key])
+                was_used = any(stand[_COLLECTIVES] > 0 for stand in stands)
+                new.append((groups[key], was_used))
                 if offers[key] != _NOTHING:
                     old.append(groups[key])
         self._drop(old)
@@ -98,15 +99,18 @@ class DeviceGroups:
         for group in groups:
             group.drop_inner()
 
-    def _connect(self, groups: Sequence[DeviceGroup]) -> None:
-        """Side by side: each takes its time to find its members."""
+    def _connect(self, groups: Sequence[tuple[DeviceGroup, bool]]) -> None:
+        """Side by side: each takes its time to find its members.
+
+        A group of which collectives were asked has them communicate at once.
+        """
         errors: list[Exception] = []
         device = self.devices.current() if groups else None
 
-        def connect(group: DeviceGroup) -> None:
+        def connect(group: DeviceGroup, once: bool) -> None:
             assert device is not None
             try:
-                self.devices.connect(group, device)
+                self.devices.connect(group, device, once)
             except Exception as error:
                 errors.append(error)
                 self._look()
@@ -114,10 +118,10 @@ class DeviceGroups:
                     self._mesh.fence(f"rank {self._rank}: {error}")
 
         threads = [
-            threading.Thread(target=connect, args=(group,), name="mnemosyne-connect")
-            for group in groups
+            threading.Thread(target=connect, args=each, name="mnemosyne-connect")
+            for each in groups
         ]
-        self._connecting = groups
+        self._connecting = [group for group, _ in groups]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -166,6 +170,7 @@ class DeviceGroups:
 
 
 _NOTHING = [-1, True, 0, [], []]
+_COLLECTIVES = 2  # of a standing: how many were asked for
 
 
 def _offer(group: DeviceGroup) -> list[Any]:

@@ -163,12 +163,15 @@ class Peers:
 
     def meet(self) -> None:
         """Have the group of all ranks, in place of the one of the last epoch."""
+        store = self.connect()
+        # Nothing else ends the wait for the id of a rank that has gone back again.
+        store.set_timeout(timedelta(seconds=10))
         with self.lock:
             if dist.is_initialized():
                 dist.destroy_process_group()
             dist.init_process_group(
                 "nccl",
-                store=dist.PrefixStore(f"group/{self.epoch}", self.store),
+                store=dist.PrefixStore(f"group/{self.epoch}", store),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timedelta(seconds=60),
