@@ -416,7 +416,7 @@ int Connection::restoreMemory() {
                              .put(block.address)
                              .put(block.size_bytes)
                              .put(uint8_t{1});
-    if (const int error = callLocked(command); error != 0) {
+    if (const int error = callWhenFree(command); error != 0) {
       fail(error, "the new server cannot map " +
                       std::to_string(block.size_bytes) +
                       " bytes of device memory at their old address");

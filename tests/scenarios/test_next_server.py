@@ -135,6 +135,16 @@ def test_a_spare_begins_with_the_environment_of_that_moment(client: Client) -> N
         spare = client.spare()
 
 
+def test_a_recovery_waits_for_memory_that_the_driver_gives_back_late(
+    client: Client,
+) -> None:
+    assert client.do("allocate") == 0
+    assert client.do("set full_ms=500") == 0
+    assert client.do("lose") != 0
+    assert client.do("recover") == 0
+    assert client.do("fill 64") == 0
+
+
 def test_a_server_finds_the_libraries_that_the_program_has_loaded(
     client: Client, tmp_path: Path
 ) -> None:
