@@ -42,7 +42,10 @@ class Clocks:
 def train(num_steps: int) -> None:
     """Print milliseconds and commands per step."""
     torch.manual_seed(1)
-    model = gpt.GPT(2 if IS_EMULATED else 12, 0.0).bfloat16().cuda()
+    model = gpt.GPT(2 if IS_EMULATED else 12, 0.0)
+    model.head.weight = model.tokens.weight  # as GPT-2 has it
+    torch.nn.init.normal_(model.tokens.weight, std=0.02)
+    model = model.bfloat16().cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(0, gpt.VOCABULARY, (BATCH, gpt.LENGTH + 1)).pin_memory()
 
