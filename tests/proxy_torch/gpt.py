@@ -143,6 +143,11 @@ class Peers:
                     self.watched.wait(next_one, timedelta(seconds=1))
                     is_next = True
 
+    def meet(self) -> None:
+        """Wait until all ranks are here."""
+        self.store.set(f"here/{self.rank}", "")
+        self.store.wait([f"here/{rank}" for rank in range(self.size)])
+
     def close(self) -> None:
         """End the thread; all is done."""
         self.store.set(f"end/{self.epoch}/{self.rank}", "close")
@@ -371,6 +376,8 @@ def main() -> None:
         peers = Peers(device)
     training = Training(options)
     training.begin()
+    if peers is not None:
+        peers.meet()  # nobody's device is lost before all are ready to go back
     train(options, training, Recovery(options, device, peers) if device else None)
     if peers is not None:
         peers.close()
