@@ -81,6 +81,40 @@ def large(dtype: torch.dtype) -> Iterator[tuple[str, Operation, list[Tensor]]]:
     yield "bmm large", torch.bmm, [a.view(4, -1, SIZE), b.view(4, SIZE, -1)]
 
 
+def without_host_functions() -> Iterator[tuple[str, Operation, list[Tensor]]]:
+    """Yield what the emulated device has no kernels for: sorts, scans, other types."""
+    a, b = random(300, 700), random(300, 700, seed=1)
+    tokens = torch.arange(9000).mul(37).remainder(500)
+    table = random(500, 64)
+    half = [x.half() for x in (a, b.mT.contiguous())]
+    qkv = [random(2, 3, 256, 64, dtype=torch.bfloat16, seed=s) for s in range(3)]
+    yield "sort", lambda x: tuple(x.sort(-1)), [a]
+    yield "topk", lambda x: tuple(x.topk(9)), [a]
+    yield "cumsum", lambda x: x.cumsum(-1), [a]
+    yield "nonzero", lambda x: (x > 1).nonzero(), [a]
+    yield "masked_select", lambda x: x[x > 1], [a]
+    yield "unique", torch.unique, [tokens]
+    yield "bincount", lambda x: torch.bincount(x, minlength=500), [tokens]
+    yield "argmax", lambda x: x.argmax(-1), [a]
+    yield "var", lambda x: x.var(-1), [a]
+    yield "logsumexp", lambda x: x.logsumexp(-1), [a]
+    yield "embedding many", with_gradients(F.embedding), [tokens, table]
+    yield (
+        "cross_entropy many",
+        with_gradients(F.cross_entropy),
+        [table, tokens[:500] % 64],
+    )
+    yield "matmul half", torch.matmul, half
+    yield "matmul doubles", torch.matmul, [a.double(), b.mT.double()]
+    yield "matmul complex", torch.matmul, [a.cfloat(), b.mT.cfloat()]
+    yield "matrix vector", torch.mv, [a, b[0]]
+    yield "outer", torch.outer, [a[0], b[0]]
+    yield "rms_norm", lambda x: F.rms_norm(x, (700,)), [a]
+    yield "group_norm", lambda x: F.group_norm(x[None], 10), [a]
+    yield "interpolate", lambda x: F.interpolate(x[None, None], scale_factor=2), [a]
+    yield "attention of 256", operations.attention, qkv
+
+
 def cases() -> Iterator[tuple[str, Operation, list[Tensor]]]:
     """Yield a name, a function and its arguments for each operation."""
     nothing = torch.zeros(1)
@@ -92,18 +126,26 @@ def cases() -> Iterator[tuple[str, Operation, list[Tensor]]]:
                 yield f"{name} {str(dtype)[6:]}", function, arguments
     yield from operations.integers()
     yield from operations.doubles()
+    if not IS_EMULATED:
+        yield from without_host_functions()
 
 
 def hashes() -> dict[str, str]:
-    """Return those of all operations' results."""
-    found = {}
+    """Return those of all operations' results; what failed has "error" for one."""
+    found, device = {}, proxy.loaded()
     for name, function, arguments in cases():
-        results = function(*(x.cuda() for x in arguments))
         hashed = hashlib.sha256()
-        for tensor in (results,) if isinstance(results, Tensor) else results:
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            hashed.update(flat.view(torch.uint8).numpy().tobytes())
-        found[name] = hashed.hexdigest()[:12]
+        try:
+            results = function(*(x.cuda() for x in arguments))
+            for tensor in (results,) if isinstance(results, Tensor) else results:
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                hashed.update(flat.view(torch.uint8).numpy().tobytes())
+            found[name] = hashed.hexdigest()[:12]
+        except (AssertionError, RuntimeError) as error:
+            print(f"{name}: {str(error).splitlines()[:1]}", file=sys.stderr)
+            found[name] = "error"
+            if device is not None and device.is_lost:
+                device.recover(60)
     return found
 
 

@@ -31,6 +31,8 @@ def test_operations_give_the_same_bits_with_and_without_the_proxy(
     different = [name for name in steady if once[name] != by_proxy.get(name)]
     figures.add("operations, same bits twice without the proxy", len(steady))
     figures.add("operations, other bits with the proxy", different or "none")
+    failed = [name for name, text in by_proxy.items() if text == "error"]
+    figures.add("operations that the proxy refuses or fails", failed or "none")
     assert len(steady) > 0.9 * len(once)
     assert not different
 
