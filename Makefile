@@ -69,6 +69,17 @@ torch-kernels: $(INSTALLED)
 test-proxy-torch: $(BUILT) torch-kernels $(CUDA_VENV)/installed
 	MNEMOSYNE_CUDA_PYTHON=$(abspath $(CUDA_VENV)/bin/python) $(BIN)/pytest tests/proxy_torch
 
+# The same on a GPU: what only one can tell. MNEMOSYNE_GPU_CHECKS=emulated tries the
+# checks themselves; MNEMOSYNE_WRITE_RESULTS=FOLDER keeps what they have seen.
+.PHONY: gpu-programs test-gpu
+gpu-programs: $(INSTALLED)
+	$(BIN)/cmake -S tests/gpu -B build/gpu -G Ninja \
+	    -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build build/gpu
+
+test-gpu: $(BUILT) torch-kernels gpu-programs $(CUDA_VENV)/installed
+	MNEMOSYNE_CUDA_PYTHON=$(abspath $(CUDA_VENV)/bin/python) $(BIN)/pytest -s --tb=short tests/gpu
+
 bench: $(BUILT)
 	$(BIN)/python -m pip install --quiet matplotlib==3.11.2
 	$(BIN)/python benchmarks/recovery.py

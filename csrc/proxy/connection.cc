@@ -16,6 +16,9 @@ namespace mnemosyne::proxy {
 namespace {
 
 constexpr int kStartTimeoutMs = 120'000;
+// How long a device may take to give back the memory of a process that ended.
+constexpr int kFreeTimeoutMs = 10'000;
+constexpr Milliseconds kFreePoll{10};
 
 // Whether a program's own progress, and nothing else, leads to this command.
 bool isOfTheProgram(uint16_t opcode) {
@@ -124,7 +127,9 @@ int Connection::prepare(uint16_t opcode, std::initializer_list<Handle*> needs) {
 
 int Connection::attachTo(const DeviceUuid& device) {
   Answer answer{&device_, sizeof device_};
-  return callLocked(CommandWriter(kAttach).put(device), &answer);
+  const auto command = CommandWriter(kAttach).put(device);
+  return had_device_ ? callWhenFree(command, &answer)
+                     : callLocked(command, &answer);
 }
 
 // Takes the chosen device into use. If a server before had it and it is gone,
@@ -273,6 +278,17 @@ int Connection::callLocked(const CommandWriter& command, Answer* answer) {
     return error;
   }
   return await(slot, answer);
+}
+
+// As callLocked(), for what a new server takes of its device: the driver may
+// give back the memory of the old one a while after its end.
+int Connection::callWhenFree(const CommandWriter& command, Answer* answer) {
+  const Deadline deadline = Deadline::in(Milliseconds(kFreeTimeoutMs));
+  for (;;) {
+    const int error = callLocked(command, answer);
+    if (error != kCudaOutOfMemory || deadline.expired()) return error;
+    std::this_thread::sleep_for(kFreePoll);
+  }
 }
 
 int Connection::call(const CommandWriter& command, Answer* answer,

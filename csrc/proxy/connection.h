@@ -181,6 +181,7 @@ class Connection {
   bool attachToAnother();
   int prepare(uint16_t opcode, std::initializer_list<Handle*> needs);
   void numberDevices();
+  int callWhenFree(const CommandWriter& command, Answer* answer = nullptr);
   int restoreMemory();
   void fail(int error, const std::string& message);
   void forgetServer();

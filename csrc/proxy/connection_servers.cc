@@ -2,6 +2,7 @@
 // one is told.
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <link.h>
 #include <poll.h>
 #include <signal.h>
 #include <spawn.h>
@@ -15,6 +16,8 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <set>
+#include <string_view>
 #include <utility>
 
 #include "proxy/connection.h"
@@ -65,13 +68,46 @@ std::string serverPath() {
   return path != nullptr ? path : ownFolder() + "/mnemosyne-proxy";
 }
 
+// Where those of NVIDIA's libraries lie that this process has loaded: with
+// torch's wheels in folders that only torch knows. The server must have the
+// same.
+std::string libraryFolders() {
+  std::set<std::string> folders;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* to) {
+        const std::string_view path = info->dlpi_name;
+        const auto slash = path.rfind('/');
+        if (slash == path.npos) return 0;
+        for (const char* name : {"libcudart.so.", "libcublas.so.",
+                                 "libcublasLt.so.", "libnccl.so."}) {
+          if (!path.substr(slash + 1).starts_with(name)) continue;
+          static_cast<std::set<std::string>*>(to)->emplace(path, 0, slash);
+        }
+        return 0;
+      },
+      &folders);
+  std::string all;
+  for (const auto& folder : folders) {
+    all += (all.empty() ? "" : ":") + folder;
+  }
+  return all;
+}
+
 // Our environment, without the preload: the server talks to the real device.
 std::vector<std::string> serverEnvironment() {
+  const std::string_view kPreload = "LD_PRELOAD=", kPath = "LD_LIBRARY_PATH=";
   std::vector<std::string> variables;
+  std::string path = libraryFolders();
   for (char** variable = environ; *variable != nullptr; ++variable) {
-    const std::string text = *variable;
-    if (!text.starts_with("LD_PRELOAD=")) variables.push_back(text);
+    const std::string_view text = *variable;
+    if (text.starts_with(kPreload)) continue;
+    if (!text.starts_with(kPath)) {
+      variables.emplace_back(text);
+    } else if (text.size() > kPath.size()) {
+      (path += path.empty() ? "" : ":") += text.substr(kPath.size());
+    }
   }
+  if (!path.empty()) variables.push_back(std::string(kPath) + path);
   return variables;
 }
 
@@ -380,7 +416,7 @@ int Connection::restoreMemory() {
                              .put(block.address)
                              .put(block.size_bytes)
                              .put(uint8_t{1});
-    if (const int error = callLocked(command); error != 0) {
+    if (const int error = callWhenFree(command); error != 0) {
       fail(error, "the new server cannot map " +
                       std::to_string(block.size_bytes) +
                       " bytes of device memory at their old address");

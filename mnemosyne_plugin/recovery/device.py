@@ -35,6 +35,8 @@ class Device:
         self._looking = threading.Lock()
         self.is_empty = False
         """Whether its memory holds nothing of the training state."""
+        # The proxy has no cuDNN, whose attention torch takes first on Hopper.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     @property
     def is_in_use(self) -> bool:

@@ -136,6 +136,11 @@ class Peers:
             self.watched.set(f"noticed/{epoch}/{self.rank}", "")
             self.watched.get(f"next/{epoch}/{self.rank}")
 
+    def wait_for_all(self) -> None:
+        """Wait until all ranks are here."""
+        self.store.set(f"here/{self.rank}", "")
+        self.store.wait([f"here/{rank}" for rank in range(self.size)])
+
     def close(self) -> None:
         """End the thread; all is done. The store is there until all have."""
         self.store.set(f"end/{self.epoch}/{self.rank}", "close")
@@ -265,6 +270,7 @@ class Recovery:
         self.options, self.device, self.peers = options, device, peers
         self.draw = random.Random(options.seed + int(os.environ.get("RANK", 0)))
         self.num_servers = 0
+        self.killer = threading.Timer(0, device.kill)  # of the server in use
 
     def is_needed(self) -> bool:
         """Whether the device is lost, or that of another rank."""
@@ -285,6 +291,10 @@ class Recovery:
         os.environ["MNEMOSYNE_EMULATED"] = fault
         self.num_servers += 1
         self.device.recover(60)
+        if self.options.kill_after and not is_late:
+            after = self.draw.uniform(0, self.options.kill_after)
+            self.killer = threading.Timer(after, self.device.kill)
+            self.killer.start()
 
     def run(self, training: Training, step: int) -> int:
         """Bring the state back; return the step to do again."""
@@ -341,8 +351,18 @@ def main() -> None:
         default=0,
         help="each server but the first dies at a random one of that many operations",
     )
+    parser.add_argument(
+        "--kill-after",
+        type=float,
+        default=0,
+        help="each server but the first is killed after a random one of that many "
+        "seconds: the way for a device that has no faults by order",
+    )
     parser.add_argument("--kills", type=int, default=100, help="at most")
+    parser.add_argument("--deterministic", action="store_true")
     options = parser.parse_args()
+    torch.use_deterministic_algorithms(options.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # has no host function
     torch.backends.cuda.enable_mem_efficient_sdp(False)
@@ -353,6 +373,8 @@ def main() -> None:
         peers.meet()
     training = Training(options)
     training.begin()
+    if peers is not None:
+        peers.wait_for_all()  # nobody's device is lost before all can go back
     train(options, training, Recovery(options, device, peers) if device else None)
     if peers is not None:
         peers.close()
@@ -366,7 +388,7 @@ def train(
     source = batches(options)
     read: dict[int, list[Tensor]] = {}
     losses: dict[int, tuple[float, int]] = {}
-    if options.kill_within:
+    if options.kill_within or options.kill_after:
         recovery.device.kill()  # what is before is not to be repeated
     step = 0
     while step < options.steps:
@@ -392,6 +414,8 @@ def train(
             step += 1
         if recovery is not None and (recovery.is_needed() or not is_done):
             step = recovery.run(training, step)
+    if recovery is not None:
+        recovery.killer.cancel()
     for step, (loss, trace) in losses.items():
         print(step, struct.pack(">d", loss).hex(), f"{loss:.6f} {trace:016x}")
     if options.counts:

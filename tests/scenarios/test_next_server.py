@@ -135,6 +135,29 @@ def test_a_spare_begins_with_the_environment_of_that_moment(client: Client) -> N
         spare = client.spare()
 
 
+def test_a_recovery_waits_for_memory_that_the_driver_gives_back_late(
+    client: Client,
+) -> None:
+    assert client.do("allocate") == 0
+    assert client.do("set full_ms=500") == 0
+    assert client.do("lose") != 0
+    assert client.do("recover") == 0
+    assert client.do("fill 64") == 0
+
+
+def test_a_server_finds_the_libraries_that_the_program_has_loaded(
+    client: Client, tmp_path: Path
+) -> None:
+    library = tmp_path / "libcudart.so.13"
+    build = ["cc", "-shared", "-x", "c", "/dev/null", "-o", library]
+    subprocess.run(build, check=True, timeout=PATIENCE_S)
+    assert client.do(f"load {library}") == 0
+    assert client.do("allocate") == 0
+    variables = Path(f"/proc/{client.do('server')}/environ").read_bytes().split(b"\0")
+    (path,) = (each for each in variables if each.startswith(b"LD_LIBRARY_PATH="))
+    assert bytes(tmp_path) in path.split(b"=", 1)[1].split(b":")
+
+
 def test_no_server_is_left_by_a_program_that_ends(client: Client) -> None:
     assert client.do("allocate") == 0
     servers = client.servers()

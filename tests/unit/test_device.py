@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mnemosyne_plugin.config import DeviceProxyConfig
 from mnemosyne_plugin.errors import ConfigError, StaleEpoch
@@ -64,6 +65,10 @@ def test_a_healthy_device_fences_nothing(made: Any) -> None:
     assert mesh.fenced is None
     assert device.take_news() is None
     assert not device.recover()
+
+
+def test_torch_does_not_try_cudnn_for_attention_under_the_proxy(made: Any) -> None:
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("error", [0, 719])  # the state may come later than an answer

@@ -43,7 +43,9 @@ int openDevice() {
 }
 
 Device::Device(const Options& options)
-    : options_(options), memory_(options.memory_bytes) {
+    : options_(options),
+      memory_(options.memory_bytes),
+      full_until_(Deadline::in(Milliseconds(options.full_ms))) {
   streams_[handleOf(kLegacyStream)] = makeStream(true);
   streams_[handleOf(kPerThreadStream)] = makeStream(true);
 }

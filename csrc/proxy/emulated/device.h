@@ -9,6 +9,7 @@
 #include <mutex>
 #include <vector>
 
+#include "common/deadline.h"
 #include "proxy/emulated/faults.h"
 #include "proxy/emulated/memory.h"
 #include "proxy/emulated/stream.h"
@@ -27,6 +28,8 @@ class Device {
 
   const Options& options() const { return options_; }
   Memory& memory() { return memory_; }
+  // Memory is still that of a process that has ended.
+  bool isFull() const { return !full_until_.expired(); }
 
   // What broke the device; every call returns it from then on.
   int error() const { return error_; }
@@ -56,6 +59,7 @@ class Device {
 
   const Options options_;
   Memory memory_;
+  const Deadline full_until_;
   std::atomic<int> error_ = 0;
 
   // Guards all below, and the order of operations among streams. Locked before

@@ -171,6 +171,7 @@ MNEMOSYNE_EXPORT int cuMemCreate(unsigned long long* handle, size_t size_bytes,
       deviceError(properties->location.id) != kCudaSuccess) {
     return kCudaInvalidValue;
   }
+  if (device()->isFull()) return kCudaOutOfMemory;
   uint64_t created = 0;
   const int error = device()->memory().create(size_bytes, &created);
   *handle = created;

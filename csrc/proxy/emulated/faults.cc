@@ -102,6 +102,8 @@ Options Options::parse(const char* list, const char* generation) {
       options.server = smallNumber(value, key);
     } else if (key == "slow_ms") {
       options.slow_ms = smallNumber(value, key);
+    } else if (key == "full_ms") {
+      options.full_ms = smallNumber(value, key);
     } else if (key == "address") {
       only(key, value, "other");
       options.other_address = true;

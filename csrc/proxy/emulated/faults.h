@@ -16,6 +16,9 @@
 //   server=G               only in the server of this generation, which
 //                          MNEMOSYNE_PROXY_GENERATION tells; in any
 //   slow_ms=N              what `slow` adds to each operation; 5
+//   full_ms=N              for so long from its start on memory is still that
+//   of
+//                          a process that has ended; 0
 //   address=other          reservations of addresses ignore the wish
 //   unknown_kernels=skip   do nothing where no host function is known
 #pragma once
@@ -53,6 +56,7 @@ struct Options {
   uint64_t at = 0;
   std::optional<int> server;
   int slow_ms = 5;
+  int full_ms = 0;
   bool other_address = false;
   bool skip_unknown_kernels = false;
   int generation = 0;

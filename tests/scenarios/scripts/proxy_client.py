@@ -39,6 +39,9 @@ def answer(word: str, *rest: str) -> int:
         return int(cuda.mnemosyne_proxy_take_trace())
     if word == "memory":
         return memory_bytes()
+    if word == "load":
+        ctypes.CDLL(rest[0])
+        return 0
     if word == "set":
         os.environ["MNEMOSYNE_EMULATED"] = rest[0]
         return 0
