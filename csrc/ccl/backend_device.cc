@@ -339,18 +339,22 @@ WorkPtr DeviceBackend::runInner(const Route& route, const Call& call,
 }
 
 void DeviceBackend::eagerConnectSingleDevice(at::Device device) {
-  std::lock_guard<std::mutex> lock(eager_mu_);
+  std::lock_guard<std::mutex> lock(wishes_mu_);
   eager_device_ = device;
 }
 
 Inner::BackendPtr DeviceBackend::ready(const Group& group, int64_t epoch) {
   Inner::BackendPtr inner = inner_->get(group, epoch);
   std::optional<at::Device> device;
+  std::optional<std::chrono::milliseconds> timeout;
   {
-    std::lock_guard<std::mutex> lock(eager_mu_);
-    if (eager_ != inner) device = eager_device_;
-    eager_ = inner;
+    std::lock_guard<std::mutex> lock(wishes_mu_);
+    if (told_ == inner) return inner;
+    told_ = inner;
+    device = eager_device_;
+    timeout = timeout_;
   }
+  if (timeout) inner->setTimeout(*timeout);
   if (device) inner->eagerConnectSingleDevice(*device);
   return inner;
 }
@@ -443,6 +447,10 @@ WorkPtr DeviceBackend::endCoalescing() {
 
 void DeviceBackend::setTimeout(std::chrono::milliseconds timeout) {
   MnemosyneBackend::setTimeout(timeout);
+  {
+    std::lock_guard<std::mutex> lock(wishes_mu_);
+    timeout_ = timeout;
+  }
   if (const auto inner = inner_->current()) inner->setTimeout(timeout);
 }
 
@@ -685,7 +693,7 @@ WorkPtr DeviceBackend::recvAnysource(Tensors& tensors, int tag) {
 // Behind it all that was begun before it has ended.
 WorkPtr DeviceBackend::barrier(const c10d::BarrierOptions& opts) {
   if (!is_staging && mesh()->setup() == Mesh::Setup::kNone && inner_->current())
-    return runInner({0}, [&](Backend& to) { return to.barrier(opts); });
+    return runInner({0}, [&](Backend& to) { return to.barrier(async(opts)); });
   try {
     inner_->wait();
   } catch (...) {

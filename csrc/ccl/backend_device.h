@@ -115,9 +115,11 @@ class DeviceBackend final : public MnemosyneBackend {
   const Inner::Make make_;
   const std::shared_ptr<Inner> inner_;
   std::atomic<uint64_t> num_inner_{0};  // operations
-  std::mutex eager_mu_;
-  std::optional<at::Device> eager_device_;  // guarded by eager_mu_
-  Inner::BackendPtr eager_;  // guarded by eager_mu_: the one that knows of it
+  // What the script wants of each inner backend that there will be.
+  std::mutex wishes_mu_;
+  std::optional<at::Device> eager_device_;            // guarded by wishes_mu_
+  std::optional<std::chrono::milliseconds> timeout_;  // guarded by wishes_mu_
+  Inner::BackendPtr told_;  // guarded by wishes_mu_: the one that knows of it
   std::mutex bundle_mu_;
   bool is_bundling_ = false;    // guarded by bundle_mu_
   Inner::BackendPtr bundling_;  // guarded by bundle_mu_: the one that coalesces

@@ -15,6 +15,11 @@ GroupAborted aborted(const Group& group, int64_t life) {
       group.globalRank(group.rank()), life);
 }
 
+// The base class throws.
+bool tellsErrors(const c10d::Backend& backend) {
+  return backend.getBackendName() == "nccl";
+}
+
 }  // namespace
 
 Inner::BackendPtr Inner::get(const Group& group, int64_t life) {
@@ -93,11 +98,10 @@ void Inner::fail() {
 }
 
 std::exception_ptr Inner::failure() {
+  std::vector<WorkPtr> ended;
   std::lock_guard<std::mutex> lock(mu_);
-  if (is_aborted_) return nullptr;
-  for (const Flight& each : flight_)
-    if (!error_ && each.work->isCompleted()) error_ = each.work->exception();
-  return error_;
+  ended = prune();
+  return is_aborted_ ? nullptr : error_;
 }
 
 void Inner::count(int change) {
@@ -107,10 +111,24 @@ void Inner::count(int change) {
 
 std::vector<Inner::WorkPtr> Inner::prune() {
   std::vector<WorkPtr> ended;
-  while (!flight_.empty() && flight_.front().work->isCompleted()) {
-    if (!error_) error_ = flight_.front().work->exception();
-    ended.push_back(std::move(flight_.front().work));
-    flight_.pop_front();
+  // An abort may hold what is asked here for as long as it takes.
+  if (!backend_ || is_aborted_ || error_) return ended;
+  try {
+    // Of works it has only copies, so that they tell of no timeout.
+    if (tellsErrors(*backend_) &&
+        backend_->getError() != c10d::ErrorType::SUCCESS) {
+      throw std::runtime_error(
+          "its backend has noticed an error, or an operation that took longer "
+          "than the group's timeout");
+    }
+    while (!flight_.empty() && flight_.front().work->isCompleted()) {
+      error_ = flight_.front().work->exception();
+      ended.push_back(std::move(flight_.front().work));
+      flight_.pop_front();
+      if (error_) break;
+    }
+  } catch (...) {
+    error_ = std::current_exception();
   }
   return ended;
 }
@@ -120,7 +138,7 @@ Inner::Standing Inner::standing() {
   std::lock_guard<std::mutex> lock(mu_);
   if (!backend_) {
     Standing none;
-    none.is_quiet = num_uses_ == 0;
+    none.is_quiet = num_uses_ == 0 && !is_aborted_;
     return none;
   }
   ended = prune();
@@ -134,11 +152,14 @@ void Inner::abort() {
   BackendPtr backend;
   {
     std::lock_guard<std::mutex> lock(mu_);
-    if (!backend_ && !is_making_) return;
     is_aborted_ = true;
     backend = backend_;
   }
   if (backend) backend->abort();
+}
+
+void Inner::abortIfBusy() {
+  if (!standing().is_quiet) abort();
 }
 
 void Inner::drop() {

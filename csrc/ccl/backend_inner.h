@@ -67,6 +67,7 @@ class Inner {
 
   // Ends what is in flight, and refuses what is new. May take long.
   void abort();
+  void abortIfBusy();
   // Lets it go: get() makes another.
   void drop();
 
@@ -78,7 +79,7 @@ class Inner {
 
   void count(int change);
   // Takes out what has ended, to be destroyed without mu_: tensors may need the
-  // interpreter's lock for it.
+  // interpreter's lock for it. Requires: mu_.
   std::vector<WorkPtr> prune();
 
   const Make make_;

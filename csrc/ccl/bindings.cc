@@ -270,6 +270,10 @@ PYBIND11_MODULE(_C, m) {
       .def("connect", &DeviceBackend::connect, NoGil())
       .def("look", &DeviceBackend::look, NoGil())
       .def(
+          "abort_inner_if_busy",
+          [](const DeviceBackend& backend) { backend.inner().abortIfBusy(); },
+          NoGil())
+      .def(
           "abort_inner",
           [](const DeviceBackend& backend) { backend.inner().abort(); },
           NoGil())

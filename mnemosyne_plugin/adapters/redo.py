@@ -1,10 +1,11 @@
 """What adapters share: the commit of a step, and its unwinding."""
 
 import gc
+import inspect
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -29,9 +30,14 @@ def free_unwound_step() -> None:
     """
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return
-    error = sys.exc_info()[1]
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
+    error, seen = sys.exc_info()[1], set[int]()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            # One of a generator may go on, and clearing it would end that.
+            if not frame.f_code.co_flags & inspect.CO_GENERATOR:
+                with suppress(RuntimeError):  # it is running
+                    frame.clear()
         error = error.__context__
     gc.collect()
 

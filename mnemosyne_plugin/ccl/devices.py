@@ -21,8 +21,9 @@ from mnemosyne_plugin.errors import ConfigError
 DeviceGroup = _C.DeviceBackend
 
 _VARIABLE = "MNEMOSYNE_DEVICE_GROUPS"
-# A watchdog that ends the process, or asks a store for others, knows nothing of
-# recovery. Who is lost is seen by the mesh, and what only NCCL sees by ``look``.
+# A watchdog that ends the process, aborts by itself, or asks a store for others,
+# knows nothing of recovery. Who is lost is seen by the mesh, and what only NCCL sees
+# by ``look``. torchrun sets the first one, so that these cannot be the user's.
 _SETTINGS = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
@@ -30,9 +31,13 @@ _SETTINGS = {
     "TORCH_NCCL_PROPAGATE_ERROR": "0",
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
     "TORCH_NCCL_USE_COMM_NONBLOCKING": "1",
-    # In seconds: torch's abort of a communicator that is being made waits for this.
-    "TORCH_NCCL_NONBLOCKING_TIMEOUT": "30",
+    # Behind a timeout the watchdog sleeps for this, and its end waits for it.
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
 }
+# In seconds: how far apart ranks may come to a communicator that is being made. torch's
+# abort of one waits for it, too.
+_CONNECT = "TORCH_NCCL_NONBLOCKING_TIMEOUT"
+_CONNECT_S = "120"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +57,20 @@ class Devices:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device(self.type)
 
-    def connect(self, group: DeviceGroup, device: torch.device, once: bool) -> None:
+    def connect(self, group: DeviceGroup, device: torch.device, once: bool) -> Any:
         """Make the group's backend. Collective; any thread.
 
-        once: have its members communicate, which NCCL connects them for.
+        once: have its members communicate, which NCCL connects them for. Returns what
+        is to be kept meanwhile. Nothing waits for it, not even a stream: ranks have
+        their groups communicate in any order.
         """
         if device.type == "cuda":
             torch.cuda.set_device(device)  # a thread begins with the first
         group.connect()
         inner: Any = group.inner
         if device.type == "cuda" and once and inner is not None:
-            inner.allreduce([torch.zeros(1, device=device)]).wait()
+            return inner.allreduce([torch.zeros(1, device=device)])
+        return None
 
     def wait(self) -> None:
         """Wait for all that this process has given to its devices."""
@@ -98,10 +106,11 @@ def find_devices(
 
 
 def _nvidia(environment: MutableMapping[str, str]) -> Devices:
-    for name, value in _SETTINGS.items():
-        environment.setdefault(name, value)
-    timeout_s = float(environment["TORCH_NCCL_NONBLOCKING_TIMEOUT"])
-    return Devices("cuda", _make_nccl, timeout_s)
+    environment.update(_SETTINGS)
+    connect_s = environment.setdefault(_CONNECT, _CONNECT_S)
+    if not connect_s.isdecimal() or int(connect_s) == 0:
+        raise ConfigError(f"{_CONNECT} is {connect_s!r}, not a number of seconds")
+    return Devices("cuda", _make_nccl, float(connect_s))
 
 
 def device_groups() -> list[DeviceGroup]:

@@ -166,6 +166,10 @@ class AgentLink:
                 self._device.release()
             if self._groups is not None:
                 self._groups.release()
+            if self._device is not None and self._device.has_bad_communicator:
+                self._device.has_bad_communicator = False
+                if self._groups is not None:
+                    self._groups.lose_device()
         self._events.emit("fenced", epoch=epoch, rank=self._rank, reason=str(failure))
         news = self._device.take_news() if self._device is not None else None
         if news is not None:

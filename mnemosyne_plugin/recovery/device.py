@@ -33,6 +33,8 @@ class Device:
         self._latched_at: float | None = None
         self._news: str | None = None
         self._looking = threading.Lock()
+        self.has_bad_communicator = False
+        """Whether NCCL has told of one; torch, which asks no more, knows of none."""
         self.is_empty = False
         """Whether its memory holds nothing of the training state."""
         # The proxy has no cuDNN, whose attention torch takes first on Hopper.
@@ -65,6 +67,7 @@ class Device:
                 self._news = self.proxy.describe_loss()
                 self._mesh.fence(f"rank {self._rank} lost its device: {self._news}")
             elif error != 0:
+                self.has_bad_communicator = True
                 self._mesh.fence(f"rank {self._rank}: NCCL error {error}")
 
     def wait(self) -> None:

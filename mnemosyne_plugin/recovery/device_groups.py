@@ -45,18 +45,20 @@ class DeviceGroups:
         self._find = find
         self._give_up = give_up
         self._connecting: Sequence[DeviceGroup] = ()
+        self._kept: list[Any] = []  # of the last repair
         self._aborts: list[threading.Thread] = []
         self._abort_by = 0.0
         self._abort_s = devices.connect_s + _ABORT_S
         self._lock = threading.Lock()
 
     def wait(self) -> None:
-        """Wait for all that the devices were given: what failed there is known then."""
+        """Wait for all that the devices were given."""
         self.devices.wait()
 
     def lose_device(self) -> None:
         """What this rank's groups had there is gone: have them made anew."""
-        self._abort(self._find())
+        used = [group for group in self._find() if group.inner is not None]
+        self._abort([group.abort_inner for group in used])
 
     def settle(self, control: ControlGroup) -> None:
         """Make anew what cannot be used on, on all its ranks. Collective.
@@ -64,6 +66,7 @@ class DeviceGroups:
         A group is used on if all its members have asked it for the same and have had
         that: it holds no lost rank, and nothing was in flight in it.
         """
+        self._join_aborts()  # what one has not yet hit would pass for quiet
         groups = {group.key: group for group in self._find()}
         offers = {key: _offer(group) for key, group in groups.items()}
         blobs = control.gather(json.dumps(offers).encode())
@@ -74,12 +77,16 @@ class DeviceGroups:
         old, new = [], list[tuple[DeviceGroup, bool]]()
         for key in sorted(groups):
             members = groups[key].global_ranks
+            # A member that has not made it, or destroyed it, will not connect.
+            are_there = all(key in by_rank[rank] for rank in members)
             stands = [by_rank[rank].get(key, _NOTHING) for rank in members]
-            if any(stand != _NOTHING for stand in stands) and not _agree(stands):
+            if all(stand == _NOTHING for stand in stands) or _agree(stands):
+                continue
+            if offers[key] != _NOTHING:
+                old.append(groups[key])
+            if are_there:
                 was_used = any(stand[_COLLECTIVES] > 0 for stand in stands)
                 new.append((groups[key], was_used))
-                if offers[key] != _NOTHING:
-                    old.append(groups[key])
         self._drop(old)
         self._connect(new)
         self._events.emit(
@@ -91,13 +98,17 @@ class DeviceGroups:
         )
 
     def _drop(self, groups: Sequence[DeviceGroup]) -> None:
-        self._abort(groups)
-        for thread in self._aborts:
-            thread.join(max(0.0, self._abort_by - time.monotonic()))
-        self.watch()
-        self._aborts = []
+        self._abort([group.abort_inner for group in groups])
+        self._join_aborts()
         for group in groups:
             group.drop_inner()
+
+    def _join_aborts(self) -> None:
+        for thread in list(self._aborts):
+            thread.join(max(0.0, self._abort_by - time.monotonic()))
+        self.watch()
+        with self._lock:
+            self._aborts = [each for each in self._aborts if each.is_alive()]
 
     def _connect(self, groups: Sequence[tuple[DeviceGroup, bool]]) -> None:
         """Side by side: each takes its time to find its members.
@@ -105,14 +116,17 @@ class DeviceGroups:
         A group of which collectives were asked has them communicate at once.
         """
         errors: list[Exception] = []
+        self._kept = []
         device = self.devices.current() if groups else None
 
         def connect(group: DeviceGroup, once: bool) -> None:
             assert device is not None
             try:
-                self.devices.connect(group, device, once)
+                self._kept.append(self.devices.connect(group, device, once))
             except Exception as error:
                 errors.append(error)
+                # The others may be in what this rank has not come to.
+                self._abort([group.abort_inner])
                 self._look()
                 if self._mesh.failure() is None:
                     self._mesh.fence(f"rank {self._rank}: {error}")
@@ -134,14 +148,13 @@ class DeviceGroups:
             raise failure
         raise failure or GroupAborted(str(errors[0]), self._rank)
 
-    def _abort(self, groups: Sequence[DeviceGroup]) -> None:
-        """Start to abort them, all at once: one may wait for another."""
+    def _abort(self, aborts: Sequence[Callable[[], None]]) -> None:
+        """Start them, all at once: one may wait for another."""
         with self._lock:
-            if not any(thread.is_alive() for thread in self._aborts):
-                self._abort_by = time.monotonic() + self._abort_s
-            for group in groups:
+            self._abort_by = time.monotonic() + self._abort_s
+            for abort in aborts:
                 thread = threading.Thread(
-                    target=group.abort_inner, name="mnemosyne-abort", daemon=True
+                    target=abort, name="mnemosyne-abort", daemon=True
                 )
                 thread.start()
                 self._aborts.append(thread)
@@ -150,23 +163,28 @@ class DeviceGroups:
 
     def release(self) -> None:
         """A failure is latched: have the main thread wait for no other rank."""
-        busy = [group for group in self._find() if not group.standing()[1]]
-        self._abort([*busy, *self._connecting])
+        # Whether one is busy is a question that may wait for the device.
+        busy = [group.abort_inner_if_busy for group in self._find()]
+        self._abort([*busy, *(group.abort_inner for group in self._connecting)])
 
     def watch(self) -> float:
         """Fence the mesh if a group has failed on its device, and links know nothing.
 
         Gives this process up if an abort never ends. Returns when to look again.
         """
-        for group in self._find():
-            group.look()
         with self._lock:
             is_busy = any(thread.is_alive() for thread in self._aborts)
         left = self._abort_by - time.monotonic()
         if is_busy and left <= 0:
             self._events.emit("device_hangs", rank=self._rank, seconds=self._abort_s)
             self._give_up()
+        self.look()
         return min(left, _LOOK_S) if is_busy else _LOOK_S
+
+    def look(self) -> None:
+        """Fence the mesh if a group has failed on its device. Any thread."""
+        for group in self._find():
+            group.look()
 
 
 _NOTHING = [-1, True, 0, [], []]

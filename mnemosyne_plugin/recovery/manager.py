@@ -285,6 +285,8 @@ class Manager:
             self._device.wait()
         elif self._groups is not None:
             self._groups.wait()
+        if self._groups is not None:
+            self._groups.look()
 
     def describe_device(self) -> str:
         """Return a line that says what the device proxy is doing; "" without one."""

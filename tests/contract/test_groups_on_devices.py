@@ -274,6 +274,20 @@ def test_what_a_group_alone_notices_is_everybodys_failure(world: World) -> None:
     assert world.run(totals) == RIGHT
 
 
+def destroy(worker: Worker) -> None:
+    """Have no such group any more, as a script that is done with it."""
+    worker.kept["groups"].pop("low").abort()
+
+
+def test_a_group_that_a_member_has_destroyed_is_not_waited_for(world: World) -> None:
+    world.run(totals)
+    world.run(destroy, ranks=[0])
+    world.seat()
+    assert world.run(settle) == ["settled"] * SIZE
+    assert world.run(remember) == [1, 2, 2, 2]  # rank 1 has let go of its own
+    assert world.run(total, "world") == [10.0] * SIZE
+
+
 def set_up(worker: Worker) -> bytes:
     """Leave a log, and one large tensor that is not in it."""
     worker.mesh.start_recording()

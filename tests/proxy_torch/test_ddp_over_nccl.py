@@ -69,11 +69,18 @@ def test_a_worker_dies_while_another_rank_loses_its_device(
     assert [rank for rank, _ in job.pids].count(1) == 1
 
 
+# Who sees it first: the rank that waits for its device, or NCCL's watchdog.
+@pytest.mark.parametrize("device_timeout_s, timeout_s", [(2, 600), (300, 4)])
 def test_a_communicator_that_hangs_costs_no_server(
-    undisturbed: Job, tmp_path: Path
+    undisturbed: Job, tmp_path: Path, device_timeout_s: int, timeout_s: int
 ) -> None:
-    fault = "fault=stalled_communicator,at=11"
-    job = train("train_ddp.py", tmp_path, MNEMOSYNE_EMULATED=fault)
+    job = train(
+        "train_ddp.py",
+        tmp_path,
+        f"--timeout={timeout_s}",
+        device_timeout_s=device_timeout_s,
+        MNEMOSYNE_EMULATED="fault=stalled_communicator,at=11",
+    )
     assert job.lines == undisturbed.lines
     assert not job.num_recoveries and not job.ranks_that_hung
     assert len(job.pids) == len(job.groups) == 2

@@ -9,6 +9,7 @@ log gets a line for each step and rank, and a hash of all that training has chan
 import argparse
 import hashlib
 import os
+from datetime import timedelta
 
 import gpt
 import torch
@@ -25,13 +26,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--log", default=os.devnull)
+    parser.add_argument("--timeout", type=float, default=600, help="of groups, s")
     parser.add_argument("--victim", type=int, default=-1, help="rank")
     parser.add_argument("--fault", default="kill")
     parser.add_argument("--kill-within", type=int, default=900)
     options = parser.parse_args()
     torch.backends.cuda.enable_cudnn_sdp(False)  # has no host function
     torch.backends.cuda.enable_mem_efficient_sdp(False)
-    dist.init_process_group("nccl")
+    dist.init_process_group("nccl", timeout=timedelta(seconds=options.timeout))
     rank = dist.get_rank()
     torch.manual_seed(1)
     model = DistributedDataParallel(gpt.GPT(2, 0.1).bfloat16().cuda(), device_ids=[0])

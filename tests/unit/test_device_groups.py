@@ -25,7 +25,7 @@ class Group:
     def look(self) -> None:
         pass
 
-    def abort_inner(self) -> None:
+    def abort_inner_if_busy(self) -> None:
         self.is_aborting.set()
         self.may_end.wait()
 
