@@ -88,7 +88,10 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], LocalCl
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("stage", "rank", "phase"),
-    [(0, 3, "save-vote"), (1, 2, "save")],
+    [
+        (0, 3, "save-vote"),
+        pytest.param(1, 2, "save", marks=pytest.mark.long),
+    ],
 )
 def test_a_death_in_a_save_costs_one_checkpoint_at_most(
     stage: int,

@@ -66,6 +66,7 @@ def test_without_a_standby_a_fresh_worker_takes_the_rank(
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.long
 def test_bf16_with_its_fp32_copies_comes_back_bit_for_bit(
     train: Job, undisturbed: Job
 ) -> None:

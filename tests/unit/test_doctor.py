@@ -423,6 +423,8 @@ def package_info(version: str) -> str:
 
 
 def found_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Package]:
+    for name in ("deepspeed", "megatron", "apex", "transformer_engine"):
+        monkeypatch.delitem(sys.modules, name, raising=False)  # of other tests
     monkeypatch.setattr(sys, "path", [str(folder)])
     return {package.name: package for package in installation.packages()}
 
