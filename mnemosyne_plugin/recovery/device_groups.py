@@ -55,6 +55,11 @@ class DeviceGroups:
         """Wait for all that the devices were given."""
         self.devices.wait()
 
+    def see_done(self) -> None:
+        """Devices have been waited for: ``look`` how it went."""
+        self._kept = []
+        self.look()
+
     def lose_device(self) -> None:
         """What this rank's groups had there is gone: have them made anew."""
         used = [group for group in self._find() if group.inner is not None]

@@ -286,7 +286,7 @@ class Manager:
         elif self._groups is not None:
             self._groups.wait()
         if self._groups is not None:
-            self._groups.look()
+            self._groups.see_done()
 
     def describe_device(self) -> str:
         """Return a line that says what the device proxy is doing; "" without one."""
