@@ -49,24 +49,32 @@ def test_workers_that_die_are_replaced_over_nccl(
     assert len(job.groups) <= 6  # each worker has had the same ones all the time
 
 
-def test_a_group_without_the_lost_rank_keeps_its_communicator(tmp_path: Path) -> None:
-    undisturbed = train("train_ddp.py", tmp_path / "undisturbed", num_ranks=3)
+@pytest.fixture(scope="module")
+def undisturbed_of_three(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return train("train_ddp.py", folder, num_ranks=3)
+
+
+def test_a_group_without_the_lost_rank_keeps_its_communicator(
+    undisturbed_of_three: Job, tmp_path: Path
+) -> None:
     chaos = ["kill rank=2 step=4 phase=forward"]
-    job = train("train_ddp.py", tmp_path / "killed", num_ranks=3, chaos=chaos)
-    assert job.lines == undisturbed.lines
+    job = train("train_ddp.py", tmp_path, num_ranks=3, chaos=chaos)
+    assert job.lines == undisturbed_of_three.lines
     assert sorted(rank for rank, _ in job.pids) == [0, 1, 2, 2]
     assert sorted(job.kept) == [0, 1, 1]
 
 
-def test_a_worker_dies_while_another_rank_loses_its_device(
-    undisturbed: Job, tmp_path: Path
+def test_workers_die_while_another_rank_loses_its_device(
+    undisturbed_of_three: Job, tmp_path: Path
 ) -> None:
-    chaos = ["kill rank=0 step=5 phase=forward", "kill rank=0 step=9 phase=recovery"]
+    # The third rank holds the state where both are lost at once.
+    chaos = ["kill rank=0 step=5 phase=forward", "kill rank=0 step=9 phase=vote"]
     victim = ("--victim=1", "--kill-within=3000")
-    job = train("train_ddp.py", tmp_path, *victim, chaos=chaos)
-    assert job.lines == undisturbed.lines
+    job = train("train_ddp.py", tmp_path, *victim, num_ranks=3, chaos=chaos)
+    assert job.lines == undisturbed_of_three.lines
     assert set(job.num_recoveries) == {1}
-    assert [rank for rank, _ in job.pids].count(1) == 1
+    assert sorted(rank for rank, _ in job.pids) == [0, 0, 0, 1, 2]
 
 
 # Who sees it first: the rank that waits for its device, or NCCL's watchdog.
