@@ -88,7 +88,9 @@ int startGroup() {
 // Nor does this: torch also ends groups while it unwinds, where one more error
 // would end the process.
 int endGroup() {
-  if (group_depth == 0) return kNcclInvalidUsage;
+  // torch ends its groups before it makes a communicator, and again where that
+  // fails; an error here would leave its own count of them wrong for ever.
+  if (group_depth == 0) return 0;
   if (--group_depth > 0) return 0;
   const auto commands = std::exchange(group, {});
   auto& connection = Connection::instance();
