@@ -29,7 +29,6 @@ Inner::BackendPtr Inner::get(const Group& group, int64_t life) {
     std::lock_guard<std::mutex> lock(mu_);
     if (is_aborted_) throw aborted(group, life);
     if (backend_) return backend_;
-    is_making_ = true;
   }
   BackendPtr made;
   std::exception_ptr error;
@@ -41,7 +40,6 @@ Inner::BackendPtr Inner::get(const Group& group, int64_t life) {
   bool is_late;
   {
     std::lock_guard<std::mutex> lock(mu_);
-    is_making_ = false;
     is_late = is_aborted_;
     if (!error && !is_late) {
       backend_ = made;

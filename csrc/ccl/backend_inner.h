@@ -86,7 +86,6 @@ class Inner {
   std::mutex making_mu_;   // held while one is made
   mutable std::mutex mu_;  // guards all below
   BackendPtr backend_;
-  bool is_making_ = false;
   bool is_aborted_ = false;
   bool has_failed_ = false;   // something that was asked of it
   std::exception_ptr error_;  // of something that was in flight

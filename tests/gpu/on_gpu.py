@@ -6,11 +6,9 @@ the checks can be tried where there is no GPU.
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +17,7 @@ from tempfile import TemporaryFile
 import pytest
 
 from mnemosyne_plugin.proxy import preload
+from ranks import on_each_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -134,24 +133,10 @@ def run_ranks(
     num_ranks: int, program: str | Path, *args: object, **variables: str
 ) -> list[Done]:
     """Run it once for each rank, which meet on this machine; return what each left."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    meeting = {
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "NCCL_SOCKET_IFNAME": "lo",
-        **variables,
-    }
-    with ThreadPoolExecutor() as pool:
-        return list(
-            pool.map(
-                lambda rank: run(program, *args, RANK=str(rank), **meeting),
-                range(num_ranks),
-            )
-        )
+    variables = {"NCCL_SOCKET_IFNAME": "lo", **variables}
+    return on_each_rank(
+        num_ranks, lambda meeting: run(program, *args, **{**meeting, **variables})
+    )
 
 
 def _environment(on_proxy: bool) -> Mapping[str, str]:

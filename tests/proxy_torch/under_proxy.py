@@ -1,16 +1,15 @@
 """How programs are run by torch's CUDA build, on the device proxy."""
 
 import os
-import socket
 import subprocess
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from mnemosyne_plugin.events import read_events
+from ranks import on_each_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -136,21 +135,7 @@ def run_ranks(
     world_size: int, program: str, *args: str, on_proxy: bool = True
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run one for each rank, which meet on this machine."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    meeting = {
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    with ThreadPoolExecutor() as pool:
-        return list(
-            pool.map(
-                lambda rank: run(
-                    program, *args, on_proxy=on_proxy, RANK=str(rank), **meeting
-                ),
-                range(world_size),
-            )
-        )
+    return on_each_rank(
+        world_size,
+        lambda variables: run(program, *args, on_proxy=on_proxy, **variables),
+    )

@@ -16,9 +16,8 @@
 //   server=G               only in the server of this generation, which
 //                          MNEMOSYNE_PROXY_GENERATION tells; in any
 //   slow_ms=N              what `slow` adds to each operation; 5
-//   full_ms=N              for so long from its start on memory is still that
-//   of
-//                          a process that has ended; 0
+//   full_ms=N              for how long from its start on memory is still that
+//                          of a process that has ended; 0
 //   address=other          reservations of addresses ignore the wish
 //   unknown_kernels=skip   do nothing where no host function is known
 #pragma once
