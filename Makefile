@@ -27,8 +27,10 @@ demo: $(BUILT)
 demo-megatron: $(BUILT)
 	$(BIN)/python examples/megatron_gpt/demo.py
 
+# Scenarios take both cores by themselves; the rest goes faster by two at a time.
 test: $(BUILT) $(UNPACKED) asan cpp
-	$(BIN)/pytest -m 'not long'
+	$(BIN)/pytest -m 'not long' -n 2 --dist loadfile tests/unit tests/contract
+	$(BIN)/pytest -m 'not long' tests/scenarios tests/proxy_torch tests/gpu
 
 long: $(BUILT) $(UNPACKED)
 	$(BIN)/pytest -m long

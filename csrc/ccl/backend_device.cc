@@ -359,6 +359,15 @@ Inner::BackendPtr DeviceBackend::ready(const Group& group, int64_t epoch) {
   return inner;
 }
 
+WorkPtr DeviceBackend::connect(Tensors first) {
+  const Inner::BackendPtr inner = ready(*group(), mesh()->currentEpoch());
+  if (first.empty()) return nullptr;
+  WorkPtr work = inner->allreduce(first, async(c10d::AllreduceOptions()));
+  inner_->note(work, -1, -1);
+  return c10::make_intrusive<InnerWork>(getRank(), std::move(work), mesh(),
+                                        group(), std::move(first));
+}
+
 // Null if it cannot be had, and that is absorbed.
 Inner::BackendPtr DeviceBackend::connected(const Group& group, int64_t epoch) {
   try {

@@ -21,8 +21,9 @@ class DeviceBackend final : public MnemosyneBackend {
         inner_(std::make_shared<Inner>(std::move(make))) {}
 
   Inner& inner() const { return *inner_; }
-  // Makes the inner one if there is none. Collective.
-  void connect() { (void)ready(*group(), mesh()->currentEpoch()); }
+  // Makes the inner one if there is none, and reduces `first` with it, if that
+  // is not empty. Collective.
+  WorkPtr connect(Tensors first);
 
   // Fences the mesh if the inner one has failed, which may know more than links
   // do. Any thread.

@@ -267,7 +267,7 @@ PYBIND11_MODULE(_C, m) {
                                return backend.inner().current();
                              })
       .def("standing", &standingOf)
-      .def("connect", &DeviceBackend::connect, NoGil())
+      .def("connect", &DeviceBackend::connect, py::arg("first"), NoGil())
       .def("look", &DeviceBackend::look, NoGil())
       .def(
           "abort_inner_if_busy",

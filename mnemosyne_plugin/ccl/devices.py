@@ -60,17 +60,13 @@ class Devices:
     def connect(self, group: DeviceGroup, device: torch.device, once: bool) -> Any:
         """Make the group's backend. Collective; any thread.
 
-        once: have its members communicate, which NCCL connects them for. Returns what
-        is to be kept meanwhile. Nothing waits for it, not even a stream: ranks have
-        their groups communicate in any order.
+        once: have its members communicate, which NCCL connects them for. Returns the
+        work, for the caller to wait for once all groups have come so far: ranks have
+        theirs communicate in any order.
         """
         if device.type == "cuda":
             torch.cuda.set_device(device)  # a thread begins with the first
-        group.connect()
-        inner: Any = group.inner
-        if device.type == "cuda" and once and inner is not None:
-            return inner.allreduce([torch.zeros(1, device=device)])
-        return None
+        return group.connect([torch.zeros(1, device=device)] if once else [])
 
     def wait(self) -> None:
         """Wait for all that this process has given to its devices."""

@@ -10,14 +10,47 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from mnemosyne_plugin import ccl
 from mnemosyne_plugin.ccl.devices import DeviceGroup, Devices, device_groups
-from mnemosyne_plugin.errors import GroupAborted, RecoverableError
+from mnemosyne_plugin.errors import GroupAborted
 from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.recovery.control import ControlGroup
 
 _ABORT_S = 10.0  # an abort that takes longer, of what is connected, never ends
 _LOOK_S = 1.0  # between looks at what a group's own backend may have noticed
+
+
+class Carrier:
+    """Moves state from device to device, by a group of all ranks."""
+
+    def __init__(self, group: DeviceGroup, groups: "DeviceGroups") -> None:
+        self._group, self._groups = group, groups
+        self.device_type = groups.devices.type
+        self.received_bytes = 0
+
+    def move(
+        self,
+        outgoing: Sequence[tuple[torch.Tensor, int]],
+        incoming: Sequence[tuple[torch.Tensor, int]],
+    ) -> None:
+        """Send each tensor to a rank, receive others, and wait until it has happened.
+
+        Raises the failure that has cut it short.
+        """
+        # As one bundle: alone each pair of ranks would make a communicator of its own.
+        self._group._start_coalescing()
+        try:
+            for tensor, rank in outgoing:
+                self._group.send([tensor], rank, 0)
+            for tensor, rank in incoming:
+                self._group.recv([tensor], rank, 0)
+        finally:
+            work = self._group._end_coalescing()
+        work.wait()
+        self._groups.finish()
+        self.received_bytes += sum(tensor.nbytes for tensor, _ in incoming)
 
 
 class DeviceGroups:
@@ -45,7 +78,8 @@ class DeviceGroups:
         self._find = find
         self._give_up = give_up
         self._connecting: Sequence[DeviceGroup] = ()
-        self._kept: list[Any] = []  # of the last repair
+        self.carrier: Carrier | None = None
+        """What moves state, once groups have settled; the same on all ranks."""
         self._aborts: list[threading.Thread] = []
         self._abort_by = 0.0
         self._abort_s = devices.connect_s + _ABORT_S
@@ -55,10 +89,14 @@ class DeviceGroups:
         """Wait for all that the devices were given."""
         self.devices.wait()
 
-    def see_done(self) -> None:
-        """Devices have been waited for: ``look`` how it went."""
-        self._kept = []
+    def finish(self) -> None:
+        """As ``wait``; raises the failure that may have cut it short."""
+        self.wait()
+        self._look()
         self.look()
+        failure = self._mesh.failure()
+        if failure is not None:
+            raise failure
 
     def lose_device(self) -> None:
         """What this rank's groups had there is gone: have them made anew."""
@@ -71,6 +109,7 @@ class DeviceGroups:
         A group is used on if all its members have asked it for the same and have had
         that: it holds no lost rank, and nothing was in flight in it.
         """
+        self.carrier = None
         self._join_aborts()  # what one has not yet hit would pass for quiet
         groups = {group.key: group for group in self._find()}
         offers = {key: _offer(group) for key, group in groups.items()}
@@ -79,19 +118,22 @@ class DeviceGroups:
             {int(key): offer for key, offer in json.loads(blob).items()}
             for blob in blobs
         ]
+        everyone = list(range(len(by_rank)))
         old, new = [], list[tuple[DeviceGroup, bool]]()
         for key in sorted(groups):
             members = groups[key].global_ranks
             # A member that has not made it, or destroyed it, will not connect.
             are_there = all(key in by_rank[rank] for rank in members)
             stands = [by_rank[rank].get(key, _NOTHING) for rank in members]
+            is_used = any(stand[_COLLECTIVES] > 0 for stand in stands)
+            if self.carrier is None and are_there and is_used and members == everyone:
+                self.carrier = Carrier(groups[key], self)
             if all(stand == _NOTHING for stand in stands) or _agree(stands):
                 continue
             if offers[key] != _NOTHING:
                 old.append(groups[key])
             if are_there:
-                was_used = any(stand[_COLLECTIVES] > 0 for stand in stands)
-                new.append((groups[key], was_used))
+                new.append((groups[key], is_used))
         self._drop(old)
         self._connect(new)
         self._events.emit(
@@ -121,13 +163,15 @@ class DeviceGroups:
         A group of which collectives were asked has them communicate at once.
         """
         errors: list[Exception] = []
-        self._kept = []
+        works: list[Any] = []
         device = self.devices.current() if groups else None
 
         def connect(group: DeviceGroup, once: bool) -> None:
             assert device is not None
             try:
-                self._kept.append(self.devices.connect(group, device, once))
+                work = self.devices.connect(group, device, once)
+                if work is not None:
+                    works.append(work)
             except Exception as error:
                 errors.append(error)
                 # The others may be in what this rank has not come to.
@@ -146,12 +190,11 @@ class DeviceGroups:
         for thread in threads:
             thread.join()  # a failure of the mesh ends it, by ``release``
         self._connecting = ()
-        if not errors:
-            return
-        failure = self._mesh.failure()
-        if isinstance(failure, RecoverableError):
-            raise failure
-        raise failure or GroupAborted(str(errors[0]), self._rank)
+        if errors:
+            raise self._mesh.failure() or GroupAborted(str(errors[0]), self._rank)
+        for work in works:
+            work.wait()
+        self.finish()
 
     def _abort(self, aborts: Sequence[Callable[[], None]]) -> None:
         """Start them, all at once: one may wait for another."""

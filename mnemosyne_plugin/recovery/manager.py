@@ -286,7 +286,7 @@ class Manager:
         elif self._groups is not None:
             self._groups.wait()
         if self._groups is not None:
-            self._groups.see_done()
+            self._groups.look()
 
     def describe_device(self) -> str:
         """Return a line that says what the device proxy is doing; "" without one."""
@@ -788,7 +788,12 @@ class Manager:
     def _restore(self, decision: Decision) -> None:
         begun = time.monotonic()
         protection = self._protected()
-        num_bytes = protection.restore(decision, self.version)
+        carrier = self._groups.carrier if self._groups is not None else None
+        self.mesh.hold_replay(True)
+        try:
+            num_bytes = protection.restore(decision, self.version, carrier)
+        finally:
+            self.mesh.hold_replay(False)
         is_newcomer = self.rank in decision.newcomers
         if is_newcomer:
             self._furthest = decision.target
@@ -797,6 +802,7 @@ class Manager:
                 epoch=self.mesh.epoch,
                 rank=self.rank,
                 bytes=num_bytes,
+                from_devices=carrier.received_bytes if carrier is not None else 0,
                 seconds=time.monotonic() - begun,
             )
         if is_newcomer or protection.is_sharded:

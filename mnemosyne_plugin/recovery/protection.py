@@ -23,6 +23,7 @@ from mnemosyne_plugin.state.snapshot import (
     receive_refill,
 )
 from mnemosyne_plugin.state.transfer import (
+    Carrier,
     IncomingBlob,
     receive_state,
     send_blob,
@@ -237,27 +238,30 @@ class Protection:
             }
         return facts
 
-    def restore(self, decision: Decision, version: int) -> int:
+    def restore(self, decision: Decision, version: int, carrier: Carrier | None) -> int:
         """Send or take what the newcomers lack; all go to ``decision.target``.
 
-        Returns the bytes that this rank has received. With a shard call ``rebuild``
-        next: parameters follow from the shards of all.
+        carrier: of what lies on devices; all ranks have one, or none has. Returns the
+        bytes that this rank has received. With a shard call ``rebuild`` next:
+        parameters follow from the shards of all.
         """
         is_ahead = self.needs_replica and decision.target > version
         if not is_ahead and self._scalars is None:
-            return self._restore(decision, version)
+            return self._restore(decision, version, carrier)
         # The script has yet to do here what it has done elsewhere behind the mutation,
         # such as the scheduler's step: what came of that is for the next step.
         own = copy.deepcopy(self._training.scalars())
         self._load_scalars()
         try:
-            size = self._restore(decision, version)
+            size = self._restore(decision, version, carrier)
             self._scalars = copy.deepcopy(self._training.scalars())
         finally:
             self._training.load_scalars(own)
         return size
 
-    def _restore(self, decision: Decision, version: int) -> int:
+    def _restore(
+        self, decision: Decision, version: int, carrier: Carrier | None
+    ) -> int:
         if self._rank in decision.sources:
             self._go_back(decision.target, version)
         works: list[Any] = []
@@ -280,19 +284,23 @@ class Protection:
                     rank=self._rank,
                     sources=decision.sources,
                     newcomer=newcomer,
+                    carrier=carrier,
                 )
         for work in works:
             work.wait()
-        return self._receive(decision) if self._rank in decision.newcomers else 0
+        is_newcomer = self._rank in decision.newcomers
+        return self._receive(decision, carrier) if is_newcomer else 0
 
-    def _receive(self, decision: Decision) -> int:
+    def _receive(self, decision: Decision, carrier: Carrier | None) -> int:
         """Take this newcomer's state."""
         after, begin = b"", b""
         source = decision.local_sources.get(self._rank)
         if source is not None:
             blob = IncomingBlob(self._control, source, _LOCAL_TAG).wait()
             after, begin = pickle.loads(blob)
-        size = receive_state(self._control, self._training, sources=decision.sources)
+        size = receive_state(
+            self._control, self._training, sources=decision.sources, carrier=carrier
+        )
         if self._snapshots is not None:
             assert self._shard is not None
             image = receive_refill(self._control, decision.shard_sources[self._rank])

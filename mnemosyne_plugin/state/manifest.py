@@ -10,11 +10,15 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor: its key, shape and dtype (the name of a torch dtype)."""
+    """One tensor: its key, shape, dtype (the name of a torch dtype) and device type."""
 
     key: str
     shape: tuple[int, ...]
     dtype: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)} on {self.device}"
 
     @property
     def size_bytes(self) -> int:
@@ -56,14 +60,19 @@ class TrainingState(Protocol):
 def describe(tensors: Mapping[str, torch.Tensor]) -> tuple[Entry, ...]:
     """Return the manifest of ``tensors``, in their order."""
     return tuple(
-        Entry(key, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        Entry(
+            key,
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            tensor.device.type,
+        )
         for key, tensor in tensors.items()
     )
 
 
 def digest(manifest: Sequence[Entry]) -> int:
     """Return 63 bits that differ between different manifests."""
-    text = repr([(entry.key, entry.shape, entry.dtype) for entry in manifest])
+    text = repr([(each.key, each.shape, each.dtype, each.device) for each in manifest])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

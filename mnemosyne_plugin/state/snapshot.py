@@ -7,9 +7,7 @@ rank votes only when it holds its wards' newest: so whatever dies and when, one
 version is complete everywhere.
 """
 
-import ctypes
 import pickle
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from mnemosyne_plugin.errors import RecoverableError, StateMismatch
+from mnemosyne_plugin.state.checksum import checksum
 from mnemosyne_plugin.state.manifest import Entry, describe
 from mnemosyne_plugin.state.transfer import Endpoint
 
@@ -92,14 +91,14 @@ class Image:
             part = data[begin : begin + size].view(tensor.dtype)
             part.copy_(tensor.detach().reshape(-1))
         data[body_bytes:] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        return cls(version, data, body_bytes, _checksum(data))
+        return cls(version, data, body_bytes, checksum([data]))
 
     def load(self, shard: Shard) -> bytes:
         """Put the contents back into ``shard``, and return the pack.
 
         Raises StateMismatch if they are damaged.
         """
-        if _checksum(self.data) != self.crc:
+        if checksum([self.data]) != self.crc:
             raise StateMismatch(
                 f"the snapshot of version {self.version} fails its checksum",
                 key="snapshot",
@@ -343,8 +342,3 @@ def _buffer(size: int, spare: torch.Tensor | None) -> torch.Tensor:
     if spare is not None and len(spare) == size:
         return spare
     return torch.empty(size, dtype=torch.uint8)
-
-
-def _checksum(data: torch.Tensor) -> int:
-    memory = (ctypes.c_char * len(data)).from_address(data.data_ptr())
-    return zlib.crc32(memory)

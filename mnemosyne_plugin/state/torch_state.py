@@ -34,40 +34,23 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     return tensors
 
 
-class StateAllocator:
-    """Makes state tensors of an optimizer where its step would make them."""
+def allocate_state(entry: Entry, parameter: torch.Tensor) -> torch.Tensor:
+    """Return a state tensor of an optimizer where its step would make it.
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        groups = optimizer.param_groups
-        counting = [bool(g.get("fused") or g.get("capturable")) for g in groups]
-        # ZeRO 3 puts its masters into the groups for the time of a step only.
-        self._counts_elsewhere = any(counting)
-        self._counts_on_host = {
-            id(parameter)
-            for group, counts in zip(groups, counting, strict=True)
-            if not counts
-            for parameter in group["params"]
-        }
-
-    def make(self, entry: Entry, parameter: torch.Tensor) -> torch.Tensor:
-        """Return one as ``entry`` says, on the parameter's device.
-
-        Scalars such as Adam's ``step`` are on the CPU, unless its kernels count.
-        """
-        counts = self._counts_elsewhere and id(parameter) not in self._counts_on_host
-        is_there = entry.shape or counts
-        return torch.empty(
-            entry.shape,
-            dtype=torch_dtype(entry.dtype),
-            device=parameter.device if is_there else "cpu",
-        )
+    Counters may be on the CPU where the parameter is not.
+    """
+    return torch.empty(
+        entry.shape,
+        dtype=torch_dtype(entry.dtype),
+        device="cpu" if entry.device == "cpu" else parameter.device,
+    )
 
 
 def allocate_optimizer(
     optimizer: torch.optim.Optimizer, manifest: Sequence[Entry]
 ) -> None:
     """Make the state tensors that ``manifest`` names; what is there and fits stays."""
-    parameters, allocator = dict(_parameters(optimizer)), StateAllocator(optimizer)
+    parameters = dict(_parameters(optimizer))
     before = dict(optimizer.state)
     optimizer.state.clear()
     for entry in manifest:
@@ -85,7 +68,7 @@ def allocate_optimizer(
         value = before.get(parameter, {}).get(name)
         is_tensor = isinstance(value, torch.Tensor)
         if not is_tensor or describe({entry.key: value}) != (entry,):
-            value = allocator.make(entry, parameter)
+            value = allocate_state(entry, parameter)
         optimizer.state[parameter][name] = value
 
 
@@ -132,12 +115,11 @@ def check_manifest(
         side = "only its replicas have" if key in wanted else "only this rank has"
         raise StateMismatch(f"newcomer differs: {side} {key}", key=key)
     for key, tensor in tensors.items():
-        entry = wanted[key]
-        got = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        if got != (entry.shape, entry.dtype):
+        (got,) = describe({key: tensor})
+        if got != wanted[key]:
             raise StateMismatch(
-                f"newcomer differs at {key}: replicas have {entry.dtype}"
-                f"{list(entry.shape)}, this rank has {got[1]}{list(got[0])}",
+                f"newcomer differs at {key}: replicas have {wanted[key]}, this rank "
+                f"has {got}",
                 key=key,
             )
 

@@ -1,21 +1,22 @@
 """Runs a plan: replicas send their stripes straight into the newcomer's tensors.
 
 Per newcomer: the first source sends a head (manifest and scalars); then every source
-sends its stripes, and after them the manifest's digest and a CRC-32 of its stripes.
-Peers have proved that they belong to the job, so the head may be a pickle.
+sends its stripes, and after them the manifest's digest and a checksum of its stripes.
+What lies on devices goes from one to the other where there is a carrier, else by way
+of host memory. Peers have proved that they belong to the job, so the head may be a
+pickle.
 """
 
-import ctypes
 import pickle
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from mnemosyne_plugin.errors import StateMismatch
+from mnemosyne_plugin.state.checksum import checksum
 from mnemosyne_plugin.state.manifest import TrainingState, describe, digest
-from mnemosyne_plugin.state.plan import Stripe, plan
+from mnemosyne_plugin.state.plan import plan
 
 
 class Endpoint(Protocol):
@@ -26,6 +27,22 @@ class Endpoint(Protocol):
 
     def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> Any:
         """Start receiving; the returned work has ``wait``."""
+
+
+class Carrier(Protocol):
+    """Moves contents of devices between them; ranks are those of the job."""
+
+    device_type: str
+
+    def move(
+        self,
+        outgoing: Sequence[tuple[torch.Tensor, int]],
+        incoming: Sequence[tuple[torch.Tensor, int]],
+    ) -> None:
+        """Send each tensor to a rank, receive others, and wait until it has happened.
+
+        Between two ranks the order is the same on both sides. Raises what cut it short.
+        """
 
 
 _HEAD_TAG, _STRIPE_TAG, _SEAL_TAG = 101, 102, 103
@@ -73,6 +90,7 @@ def send_state(
     rank: int,
     sources: Sequence[int],
     newcomer: int,
+    carrier: Carrier | None = None,
 ) -> int:
     """Send this source's share to ``newcomer``; returns the bytes sent.
 
@@ -84,24 +102,38 @@ def send_state(
     if rank == sources[0]:
         head = pickle.dumps((manifest, state.scalars()))
         works += send_blob(endpoint, head, newcomer, _HEAD_TAG)
-    views = [_bytes_of(tensor) for tensor in tensors.values()]
-    mine = [s for s in plan([len(v) for v in views], sources) if s.source == rank]
-    for stripe in mine:
-        part = views[stripe.index][stripe.begin : stripe.end]
-        works.append(endpoint.send([part], newcomer, _STRIPE_TAG))
-    seal = torch.tensor([digest(manifest), _checksum(views, mine)], dtype=torch.int64)
+    views = [_bytes_of(tensor, carrier) for tensor in tensors.values()]
+    parts = [
+        views[stripe.index][stripe.begin : stripe.end]
+        for stripe in plan([len(view) for view in views], sources)
+        if stripe.source == rank
+    ]
+    outgoing = []
+    for part in parts:
+        if _is_carried(part, carrier):
+            outgoing.append((part, newcomer))
+        else:
+            works.append(endpoint.send([part], newcomer, _STRIPE_TAG))
+    if carrier is not None and outgoing:
+        carrier.move(outgoing, [])
+    seal = torch.tensor([digest(manifest), checksum(parts)], dtype=torch.int64)
     works.append(endpoint.send([seal], newcomer, _SEAL_TAG))
     for work in works:
         work.wait()
-    return sum(stripe.end - stripe.begin for stripe in mine)
+    return sum(len(part) for part in parts)
 
 
 def receive_state(
-    endpoint: Endpoint, state: TrainingState, *, sources: Sequence[int]
+    endpoint: Endpoint,
+    state: TrainingState,
+    *,
+    sources: Sequence[int],
+    carrier: Carrier | None = None,
 ) -> int:
     """Fill ``state`` from its replicas; returns the bytes received.
 
-    Raises StateMismatch where contents or structure differ from what was sent.
+    All sources and the newcomer have a carrier, or none has. Raises StateMismatch where
+    contents or structure differ from what was sent.
     """
     manifest, scalars = pickle.loads(
         IncomingBlob(endpoint, sources[0], _HEAD_TAG).wait()
@@ -109,32 +141,42 @@ def receive_state(
     tensors = state.allocate(manifest)
     if describe(tensors) != manifest:
         raise StateMismatch("newcomer holds its tensors in another order")
-    views = {key: _bytes_of(tensor) for key, tensor in tensors.items()}
+    views = {key: _bytes_of(tensor, carrier) for key, tensor in tensors.items()}
     flat = list(views.values())
-    stripes = plan([len(view) for view in flat], sources)
-    works = [
-        endpoint.recv([flat[s.index][s.begin : s.end]], s.source, _STRIPE_TAG)
-        for s in stripes
-    ]
+    works, incoming = [], []
+    parts: dict[int, list[torch.Tensor]] = {source: [] for source in sources}
+    for stripe in plan([len(view) for view in flat], sources):
+        part = flat[stripe.index][stripe.begin : stripe.end]
+        parts[stripe.source].append(part)
+        if _is_carried(part, carrier):
+            incoming.append((part, stripe.source))
+        else:
+            works.append(endpoint.recv([part], stripe.source, _STRIPE_TAG))
     seals = {source: torch.zeros(2, dtype=torch.int64) for source in sources}
     works += [endpoint.recv([seals[s]], s, _SEAL_TAG) for s in sources]
+    if carrier is not None and incoming:
+        carrier.move([], incoming)
     for work in works:
         work.wait()
     for source, seal in seals.items():
-        theirs = [stripe for stripe in stripes if stripe.source == source]
-        if seal.tolist() != [digest(manifest), _checksum(flat, theirs)]:
+        if seal.tolist() != [digest(manifest), checksum(parts[source])]:
             raise StateMismatch(f"contents from rank {source} fail their checksum")
     _write_back(tensors, views)
     state.load_scalars(scalars)
     return sum(len(view) for view in flat)
 
 
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the contents as ``[size_bytes]`` uint8 in host memory.
+def _bytes_of(tensor: torch.Tensor, carrier: Carrier | None) -> torch.Tensor:
+    """Return the contents as ``[size_bytes]`` uint8: in host memory, or to be carried.
 
     A view, if they are there and their order allows it.
     """
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+    contents = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return contents if _is_carried(contents, carrier) else contents.cpu()
+
+
+def _is_carried(contents: torch.Tensor, carrier: Carrier | None) -> bool:
+    return carrier is not None and contents.device.type == carrier.device_type
 
 
 def _write_back(
@@ -145,12 +187,3 @@ def _write_back(
             contents = views[key].view(tensor.dtype).reshape(tensor.shape)
             with torch.no_grad():
                 tensor.copy_(contents)
-
-
-def _checksum(views: Sequence[torch.Tensor], stripes: Sequence[Stripe]) -> int:
-    crc = 0
-    for stripe in stripes:
-        part = views[stripe.index][stripe.begin : stripe.end]
-        memory = (ctypes.c_char * len(part)).from_address(part.data_ptr())
-        crc = zlib.crc32(memory, crc)
-    return crc

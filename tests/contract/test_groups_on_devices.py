@@ -3,7 +3,8 @@
 import os
 import select
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,33 @@ def begin(worker: Worker, folder: str) -> None:
     worker.kept = {"groups": groups, "manager": manager}
 
 
+@contextmanager
+def reader(worker: Worker) -> Iterator[None]:
+    """Release what the main thread waits for when a failure is seen, as a rank does."""
+    over = os.eventfd(0)
+
+    def read() -> None:
+        if (
+            worker.mesh.failure_fd
+            in select.select([worker.mesh.failure_fd, over], [], [])[0]
+        ):
+            worker.kept["manager"].release()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.eventfd_write(over, 1)
+        thread.join()
+        os.close(over)
+
+
 def settle(worker: Worker) -> str:
     """Repair the groups as a recovery does, on all ranks."""
     try:
-        worker.kept["manager"].settle(ControlGroup(worker.mesh, worker.size))
+        with reader(worker):
+            worker.kept["manager"].settle(ControlGroup(worker.mesh, worker.size))
     except RecoverableError as error:
         return type(error).__name__
     return "settled"
@@ -116,25 +140,14 @@ def kept(worker: Worker) -> set[str]:
     return {name for name, group in groups if group.inner is seen[name]}
 
 
-def lose_a_member(worker: Worker, name: str) -> str:
-    """Wait in a group for a rank that dies, as the main thread of a rank does."""
-    begun = threading.Event()
-
-    def read() -> None:
-        begun.set()
-        select.select([worker.mesh.failure_fd], [], [])
-        worker.kept["manager"].release()
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    begun.wait()
+def lose_a_member(worker: Worker, wait: Callable[..., Any], *args: Any) -> str:
+    """Have ``wait`` wait for a rank that dies, as the main thread of a rank does."""
     try:
-        total(worker, name, 100_000)
+        with reader(worker):
+            wait(worker, *args)
         return "nothing"
     except MnemosyneError as error:
         return type(error).__name__
-    finally:
-        reader.join()
 
 
 def hand_over(worker: Worker) -> None:
@@ -170,8 +183,8 @@ def test_only_groups_of_the_lost_rank_are_made_anew(
     world.run(totals)
     world.run(hand_over, ranks=[0, 1])
     world.run(remember)
-    world.start(lose_a_member, "high", ranks=[1, 2])
-    world.start(lose_a_member, "world", ranks=[0])
+    world.start(lose_a_member, total, "high", 100_000, ranks=[1, 2])
+    world.start(lose_a_member, total, "world", 100_000, ranks=[0])
     world.kill(3)
     # "world" is aborted with the others, though rank 0 alone was waiting in it.
     assert set(world.results([0, 1, 2])) <= {"PeerLost", "StaleEpoch"}
@@ -272,6 +285,42 @@ def test_what_a_group_alone_notices_is_everybodys_failure(world: World) -> None:
     world.seat()
     assert world.run(settle) == ["settled"] * SIZE
     assert world.run(totals) == RIGHT
+
+
+def carry(worker: Worker) -> list[float]:
+    """Have ranks 0 and 2 send rank 3 a part each of what it lacks."""
+    carrier = worker.kept["manager"].carrier
+    assert carrier.device_type == "cpu"
+    tensor = torch.full((100_000,), float(worker.rank))
+    halves = tensor[:50_000], tensor[50_000:]
+    match worker.rank:
+        case 0 | 2:
+            carrier.move([(halves[worker.rank // 2], 3)], [])
+        case 3:
+            carrier.move([], [(halves[0], 0), (halves[1], 2)])
+            assert carrier.received_bytes == tensor.nbytes
+    return [float(half.mean()) for half in halves]
+
+
+def test_state_is_carried_by_a_group_of_all_ranks(world: World, tmp_path: Path) -> None:
+    assert world.run(no_carrier) == [True] * SIZE  # nobody has used one yet
+    world.run(totals)
+    world.kill(3)
+    replace(world, tmp_path)
+    assert world.run(settle) == ["settled"] * SIZE
+    assert world.run(carry)[3] == [0.0, 2.0]
+    assert world.run(totals) == RIGHT
+    world.start(lose_a_member, carry, ranks=[3])
+    world.kill(2)
+    assert world.results([3])[0] in ("PeerLost", "StaleEpoch")
+    world.heal()
+    world.run(begin, str(tmp_path), ranks=[2])
+    assert world.run(settle) == ["settled"] * SIZE
+    assert world.run(carry)[3] == [0.0, 2.0]
+
+
+def no_carrier(worker: Worker) -> bool:
+    return worker.kept["manager"].carrier is None
 
 
 def destroy(worker: Worker) -> None:

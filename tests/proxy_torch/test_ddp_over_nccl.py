@@ -23,6 +23,7 @@ def test_a_rank_whose_device_dies_at_random_commands_changes_nothing(
     assert set(job.num_recoveries) == {victim}
     assert job.num_recoveries[victim] > 10
     assert len(job.pids) == len(job.groups) == 2
+    assert all(size == carried for size, carried in job.received)
 
 
 def test_a_device_that_hangs_is_replaced_and_others_are_not(
@@ -47,6 +48,8 @@ def test_workers_that_die_are_replaced_over_nccl(
     assert job.lines == undisturbed.lines
     assert sorted(rank for rank, _ in job.pids) == [0, 0, 0, 1, 1, 1]
     assert len(job.groups) <= 6  # each worker has had the same ones all the time
+    assert len(job.received) == 4
+    assert all(size == carried > 0 for size, carried in job.received)
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,8 @@ class Job:
     groups: set[tuple[int, tuple[int, ...]]]
     kept: Sequence[int]
     """How many groups each rank has used on in each repair."""
+    received: Sequence[tuple[int, int]]
+    """The bytes that each newcomer got of replicas, and those straight from devices."""
 
 
 def train(
@@ -97,6 +99,11 @@ def train(
         },
         groups={(each["rank"], tuple(each["ids"])) for each in groups},
         kept=[e.fields["kept"] for e in events if e.name == "device_groups"],
+        received=[
+            (e.fields["bytes"], e.fields["from_devices"])
+            for e in events
+            if e.name == "state_received"
+        ],
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mnemosyne_plugin.errors import StateMismatch
+from mnemosyne_plugin.state import checksum
 from mnemosyne_plugin.state.manifest import Entry
 from mnemosyne_plugin.state.mirror import Mirrors, capacity_for
 from mnemosyne_plugin.state.torch_state import (
@@ -24,6 +25,7 @@ from mnemosyne_plugin.state.transfer import receive_state, send_state
 from wire import Port, Wire
 
 STRIPE_TAG = 102
+Parts = Sequence[tuple[torch.Tensor, int]]
 
 
 class Toy:
@@ -64,11 +66,36 @@ class Toy:
         load_optimizer_scalars(self.optimizer, scalars)
 
 
-def transfer(source: Toy, newcomer: Toy, wire: Wire) -> int:
-    sources = (0, 1, 3)
+class HostCarrier:
+    """Carries what is said to lie on devices of that type, over a wire of its own."""
+
+    def __init__(self, port: Port, device_type: str) -> None:
+        self.device_type = device_type
+        self.carried_bytes = 0
+        self._port = port
+
+    def move(self, outgoing: Parts, incoming: Parts) -> None:
+        for tensor, rank in outgoing:
+            self._port.send([tensor], rank, 0)
+        for tensor, rank in incoming:
+            self._port.recv([tensor], rank, 0).wait()
+            self.carried_bytes += tensor.nbytes
+
+
+def transfer(
+    source: Toy, newcomer: Toy, wire: Wire, carriers: Sequence[HostCarrier | None] = ()
+) -> int:
+    sources, carriers = (0, 1, 3), carriers or [None] * 4
     for rank in sources:
-        send_state(Port(wire, rank), source, rank=rank, sources=sources, newcomer=2)
-    return receive_state(Port(wire, 2), newcomer, sources=sources)
+        send_state(
+            Port(wire, rank),
+            source,
+            rank=rank,
+            sources=sources,
+            newcomer=2,
+            carrier=carriers[rank],
+        )
+    return receive_state(Port(wire, 2), newcomer, sources=sources, carrier=carriers[2])
 
 
 def test_a_newcomer_becomes_bit_identical_to_its_replicas() -> None:
@@ -82,9 +109,51 @@ def test_a_newcomer_becomes_bit_identical_to_its_replicas() -> None:
     assert newcomer.optimizer.param_groups[0]["lr"] == 1.1
 
 
+@pytest.mark.parametrize("device_type, is_carried", [("cpu", True), ("cuda", False)])
+def test_what_lies_on_devices_takes_the_carrier(
+    device_type: str, is_carried: bool
+) -> None:
+    source, newcomer = Toy(1, steps=3), Toy(2)
+    wire = Wire(corrupt=STRIPE_TAG) if is_carried else Wire()  # nothing goes that way
+    other = Wire()
+    carriers = [HostCarrier(Port(other, rank), device_type) for rank in range(4)]
+    size = transfer(source, newcomer, wire, carriers)
+    assert carriers[2].carried_bytes == (size if is_carried else 0)
+    ours = newcomer.tensors()
+    assert all(torch.equal(each, ours[key]) for key, each in source.tensors().items())
+
+
 def test_a_flipped_bit_fails_the_checksum() -> None:
     with pytest.raises(StateMismatch, match="checksum"):
         transfer(Toy(1, steps=1), Toy(2), Wire(corrupt=STRIPE_TAG))
+    wire = Wire(corrupt=0)
+    carriers = [HostCarrier(Port(wire, rank), "cpu") for rank in range(4)]
+    with pytest.raises(StateMismatch, match="checksum"):
+        transfer(Toy(1, steps=1), Toy(2), Wire(), carriers)
+
+
+def test_sums_of_blocks_tell_each_changed_byte_and_each_exchange(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checksum, "_BLOCK_BYTES", 64)
+    data = torch.randint(1, 255, (203,), dtype=torch.uint8)
+
+    def sums(part: torch.Tensor) -> list[int]:
+        return [int(each) for each in checksum.block_sums(part)]
+
+    right = sums(data)
+    assert len(right) == 4
+    for place in range(len(data)):
+        other = data.clone()
+        other[place] += 1
+        assert sums(other) != right
+    words = data[:200].view(torch.int64).clone()
+    words[[3, 5]] = words[[5, 3]]
+    other = torch.cat([words.view(torch.uint8), data[200:]])
+    assert sums(other) != right
+    # Where the bytes lie is not part of it.
+    shifted = torch.cat([torch.zeros(3, dtype=torch.uint8), data])[3:]
+    assert sums(shifted) == right
 
 
 def test_a_newcomer_of_another_structure_is_refused_by_key() -> None:

@@ -18,8 +18,8 @@ from mnemosyne_plugin.state.manifest import Entry
 from mnemosyne_plugin.state.torch_state import (
     Buffers,
     Frozen,
-    StateAllocator,
     Tensors,
+    allocate_state,
     check_manifest,
 )
 
@@ -259,7 +259,6 @@ class ZeroState:
     def allocate(self, manifest: Sequence[Entry]) -> Tensors:
         masters = self.stage.masters()
         wanted = {entry.key: entry for entry in manifest}
-        allocator = StateAllocator(self.optimizer)
         for key in self.tensors().keys() - wanted.keys():
             if key.startswith("optimizer/"):  # made since, by the first step
                 _, number, name = key.split("/", 2)
@@ -275,7 +274,7 @@ class ZeroState:
             if int(number) >= len(masters):
                 continue  # check_manifest says so
             master = masters[int(number)]
-            self.optimizer.state[master][name] = allocator.make(entry, master)
+            self.optimizer.state[master][name] = allocate_state(entry, master)
         tensors = self.tensors()
         check_manifest(tensors, manifest)
         return tensors
