@@ -36,9 +36,10 @@ from mnemosyne_plugin.recovery.device import Device
 from mnemosyne_plugin.recovery.device_groups import DeviceGroups
 from mnemosyne_plugin.recovery.membership import Membership
 from mnemosyne_plugin.recovery.protection import Position, Protection
+from mnemosyne_plugin.state.image import Shard
 from mnemosyne_plugin.state.manifest import TrainingState
 from mnemosyne_plugin.state.rng import capture_rng
-from mnemosyne_plugin.state.snapshot import Footprint, Shard
+from mnemosyne_plugin.state.snapshot import Footprint
 
 logger = logging.getLogger(__name__)
 
@@ -276,6 +277,12 @@ class Manager:
         if config.timeout_s is not None:
             self._device.proxy.propose_timeout(config.timeout_s)
 
+    def _is_mended(self, error: RuntimeError) -> bool:
+        """Whether a recovery mends what has raised ``error``."""
+        if isinstance(error, RecoverableError):
+            return True
+        return self.is_device_lost and self.has_failed  # from now on all know
+
     def wait_for_device(self) -> None:
         """Wait for all that devices were given.
 
@@ -409,7 +416,7 @@ class Manager:
                 self._begin()
                 return Outcome.COMMIT
             except RuntimeError as error:
-                if not (isinstance(error, RecoverableError) or self.is_device_lost):
+                if not self._is_mended(error):
                     raise
                 before = self.version
                 self._recover()
@@ -460,7 +467,9 @@ class Manager:
                 self._tell_footprint(protection)
             self.phase("vote")
             self._vote()
-        except RecoverableError:
+        except RuntimeError as error:
+            if not self._is_mended(error):
+                raise
             if protection.is_sharded or self.recover() is Outcome.REDO:
                 return Outcome.REDO
             # The others have done this mutation, collectives in it included.
@@ -508,8 +517,12 @@ class Manager:
             self._on_footprint(footprint)
 
     def collect(self) -> None:
-        """Take in what buddies have sent, without waiting. Called now and then."""
-        self._protected().collect()
+        """Send and take in what is ready, without waiting. Called now and then."""
+        try:
+            self._protected().collect()
+        except RuntimeError as error:
+            if not self._is_mended(error):
+                raise
 
     def recover(self) -> Outcome:
         """Repair the job if it has failed; tell what to do with the step in hand.
@@ -545,10 +558,9 @@ class Manager:
         self._has_voted = False
         try:
             protection.take(self.version)
-        except RuntimeError:
-            if not self.is_device_lost:
+        except RuntimeError as error:
+            if not self._is_mended(error):
                 raise
-            self.wait_for_device()
             return Outcome.REDO
         if self._is_first_step:
             self._is_first_step = False
@@ -599,7 +611,9 @@ class Manager:
                     self._redo()
                 self._protected().settle(self.version)
                 return
-            except RecoverableError:
+            except RuntimeError as error:
+                if not self._is_mended(error):
+                    raise
                 self._recover()
 
     def stopped(self) -> None:

@@ -13,15 +13,11 @@ from typing import Any, Protocol
 from mnemosyne_plugin.errors import NoSourceForState
 from mnemosyne_plugin.recovery.commit import Decision, Report, buddies, wards
 from mnemosyne_plugin.recovery.control import ControlGroup
+from mnemosyne_plugin.state.image import Shard
 from mnemosyne_plugin.state.manifest import TrainingState
 from mnemosyne_plugin.state.mirror import Mirrors, capacity_for
 from mnemosyne_plugin.state.rng import RngState, capture_rng, restore_rng, same_rng
-from mnemosyne_plugin.state.snapshot import (
-    Footprint,
-    Shard,
-    Snapshots,
-    receive_refill,
-)
+from mnemosyne_plugin.state.snapshot import Footprint, Snapshots, receive_refill
 from mnemosyne_plugin.state.transfer import (
     Carrier,
     IncomingBlob,
@@ -212,14 +208,15 @@ class Protection:
         """
         if self._snapshots is None:
             self.needs_replica = True
-        elif not self._snapshots.versions():
+            return
+        self._snapshots.lose_device()
+        if not self._snapshots.versions():
             raise NoSourceForState(
                 f"rank {self._rank} lost its device before there was a copy of its "
                 "shard; start the job again",
                 (f"shard/{self._rank}",),
             )
-        else:
-            self.is_clean = False
+        self.is_clean = False
 
     def report(self) -> dict[str, Any]:
         """Return this part of a Report, behind the end of an epoch."""

@@ -7,113 +7,20 @@ rank votes only when it holds its wards' newest: so whatever dies and when, one
 version is complete everywhere.
 """
 
-import pickle
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from mnemosyne_plugin.errors import RecoverableError, StateMismatch
-from mnemosyne_plugin.state.checksum import checksum
-from mnemosyne_plugin.state.manifest import Entry, describe
+from mnemosyne_plugin.errors import RecoverableError
+from mnemosyne_plugin.state.image import Copying, Image, Shard
 from mnemosyne_plugin.state.transfer import Endpoint
 
 _HEADER_TAG, _DATA_TAG, _REFILL_TAG = 131, 132, 133
 _KEPT_VERSIONS = 2
-_ALIGNMENT = 64
-_HEAD_BYTES = 1 << 14
-
-
-class Shard(Protocol):
-    """State that only this rank has; adapters implement it for their trainer."""
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the live tensors."""
-
-    def allocate(self, manifest: Sequence[Entry]) -> dict[str, torch.Tensor]:
-        """Have just the tensors that ``manifest`` names, and return them.
-
-        Raises StateMismatch where the trainer has built something else.
-        """
-
-    def scalars(self) -> dict[str, Any]:
-        """Return the rest as it is between two steps. Picklable."""
-
-    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        """Take what ``scalars`` returned."""
-
-    def rebuild(self) -> None:
-        """Make all that follows from the shards of all ranks, such as parameters.
-
-        Collective over the trainer's groups: every rank has loaded its shard.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """One version of one rank's shard: the tensors' bytes, then the pickled rest.
-
-    The rest includes the rank's pack: its random state and data position.
-    """
-
-    version: int
-    data: torch.Tensor
-    """``[size_bytes]`` uint8, in host memory."""
-    body_bytes: int
-    crc: int
-
-    def header(self) -> torch.Tensor:
-        """Return what ``of_header`` needs, ``[4]`` int64."""
-        numbers = (self.version, len(self.data), self.body_bytes, self.crc)
-        return torch.tensor(numbers, dtype=torch.int64)
-
-    @classmethod
-    def of_header(cls, header: torch.Tensor, spare: torch.Tensor | None) -> "Image":
-        """Return an image whose data are still to be received."""
-        version, size, body_bytes, crc = (int(number) for number in header)
-        return cls(version, _buffer(size, spare), body_bytes, crc)
-
-    @classmethod
-    def of(
-        cls, version: int, shard: Shard, pack: bytes, spare: torch.Tensor | None
-    ) -> "Image":
-        """Copy ``shard`` as it is now, into ``spare`` if that has the right size."""
-        tensors = shard.tensors()
-        head = pickle.dumps((describe(tensors), shard.scalars(), pack))
-        sizes = [t.numel() * t.element_size() for t in tensors.values()]
-        begins, body_bytes = _places(sizes)
-        # A head's size changes a little from step to step, the memory's must not.
-        head += bytes(-len(head) % _HEAD_BYTES)
-        data = _buffer(body_bytes + len(head), spare)
-        for tensor, begin, size in zip(tensors.values(), begins, sizes, strict=True):
-            part = data[begin : begin + size].view(tensor.dtype)
-            part.copy_(tensor.detach().reshape(-1))
-        data[body_bytes:] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        return cls(version, data, body_bytes, checksum([data]))
-
-    def load(self, shard: Shard) -> bytes:
-        """Put the contents back into ``shard``, and return the pack.
-
-        Raises StateMismatch if they are damaged.
-        """
-        if checksum([self.data]) != self.crc:
-            raise StateMismatch(
-                f"the snapshot of version {self.version} fails its checksum",
-                key="snapshot",
-            )
-        head = bytes(self.data[self.body_bytes :].numpy())
-        manifest, scalars, pack = pickle.loads(head)
-        tensors = shard.allocate(manifest)
-        begins, _ = _places([entry.size_bytes for entry in manifest])
-        with torch.no_grad():
-            for entry, begin in zip(manifest, begins, strict=True):
-                part = self.data[begin : begin + entry.size_bytes]
-                tensor = tensors[entry.key]
-                tensor.copy_(part.view(tensor.dtype).reshape(tensor.shape))
-        shard.load_scalars(scalars)
-        return bytes(pack)
+_HEADER_NUMBERS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +46,7 @@ class Snapshots:
         self._every = every
         self._base = 0  # the newest version that was kept without being due
         self._own: dict[int, Image] = {}
+        self._copying: Copying | None = None
         self._of_wards: dict[int, dict[int, Image]] = {ward: {} for ward in wards}
         self._incoming: dict[int, _Incoming] = {}
         self._sends: list[Any] = []
@@ -178,18 +86,38 @@ class Snapshots:
             return
         # The last vote has told that all ranks hold the newest: the other one may go.
         spare = _make_room(self._own)
-        self._own[version] = Image.of(version, shard, pack, spare)
+        self._copying = Copying(version, shard, pack, spare)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Start sending the image in the making, if it is made."""
+        if self._copying is not None and self._copying.is_done:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._copying is None:
+            return
+        image = self._copying.finish()
+        self._copying = None
+        self._own[image.version] = image
         if self._endpoints is not None:
-            self._send(self._own[version], self._buddies)
+            self._send(image, self._buddies)
+
+    def lose_device(self) -> None:
+        """What was to be copied from a device is gone."""
+        self._copying = None
 
     def collect(self) -> None:
         """Take in what has arrived of the wards' images, without waiting."""
+        self._go_on()
         for ward, incoming in self._incoming.items():
             while (image := incoming.poll()) is not None:
                 self._of_wards[ward][image.version] = image
 
     def collect_last(self) -> None:
         """As ``collect``, behind the end of an epoch: nothing more will arrive."""
+        self._endpoints = None
+        self._finish()
         for ward, incoming in self._incoming.items():
             if (image := incoming.last()) is not None:
                 self._of_wards[ward][image.version] = image
@@ -200,6 +128,7 @@ class Snapshots:
 
         Raises the RecoverableError that ended the transfer.
         """
+        self._finish()
         for ward, images in self._of_wards.items():
             while self.due(version) not in images:
                 image = self._incoming[ward].wait()
@@ -304,7 +233,7 @@ class _Incoming:
 
     def _expect_header(self) -> None:
         self._image: Image | None = None
-        self._header = torch.zeros(4, dtype=torch.int64)
+        self._header = torch.zeros(_HEADER_NUMBERS, dtype=torch.int64)
         self._work = self._standing.recv([self._header], self._ward, _HEADER_TAG)
 
     def _expect_data(self) -> None:
@@ -315,7 +244,7 @@ class _Incoming:
 
 def receive_refill(endpoint: Endpoint, source: int) -> Image:
     """On a newcomer: wait for the image that ``Snapshots.refill`` sends."""
-    header = torch.zeros(4, dtype=torch.int64)
+    header = torch.zeros(_HEADER_NUMBERS, dtype=torch.int64)
     endpoint.recv([header], source, _REFILL_TAG).wait()
     image = Image.of_header(header, None)
     endpoint.recv([image.data], source, _REFILL_TAG).wait()
@@ -326,19 +255,3 @@ def _make_room(images: dict[int, Image]) -> torch.Tensor | None:
     """Drop the older versions, so that one may be added; return an image's memory."""
     dropped = [images.pop(old) for old in sorted(images)[: 1 - _KEPT_VERSIONS]]
     return dropped[-1].data if dropped else None
-
-
-def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Return where each tensor begins, and where the last one ends."""
-    begins, end = [], 0
-    for size in sizes:
-        begins.append(end)
-        end += -(-size // _ALIGNMENT) * _ALIGNMENT
-    return begins, end
-
-
-def _buffer(size: int, spare: torch.Tensor | None) -> torch.Tensor:
-    """Return ``spare`` if it fits: fresh memory costs a page fault per 4 KiB."""
-    if spare is not None and len(spare) == size:
-        return spare
-    return torch.empty(size, dtype=torch.uint8)

@@ -1,15 +1,16 @@
 """Snapshots of shards here and with buddies, over endpoints made of queues."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from mnemosyne_plugin.errors import StaleEpoch, StateMismatch
+from mnemosyne_plugin.state import snapshot
+from mnemosyne_plugin.state.image import Copying
 from mnemosyne_plugin.state.manifest import Entry
-from mnemosyne_plugin.state.snapshot import Footprint, Image, Snapshots, receive_refill
+from mnemosyne_plugin.state.snapshot import Footprint, Snapshots, receive_refill
 from wire import Port, Wire
 
 HEADER_TAG, DATA_TAG, REFILL_TAG = 131, 132, 133
@@ -103,7 +104,7 @@ def test_a_version_comes_back_bit_for_bit_and_a_buddy_has_the_same_bytes() -> No
     mine = ring.ranks[0].own(2)
     assert mine.load(ring.shards[0]) == b"pack 2"
     assert ring.shards[0].holds(2) and ring.shards[0].count == 2
-    Image.of(2, ring.shards[0], b"", None).load(other := Numbers(9))
+    Copying(2, ring.shards[0], b"", None).finish().load(other := Numbers(9))
     assert other.holds(2)
 
 
@@ -149,15 +150,14 @@ def test_a_transfer_that_is_torn_leaves_the_older_version_with_the_buddy() -> No
 
 
 @pytest.mark.parametrize("place", [0, -1])
-def test_a_damaged_image_is_refused_and_changes_nothing(place: int) -> None:
-    image = Image.of(3, Numbers(5), b"", None)
+def test_a_damaged_image_is_refused(place: int) -> None:
+    (source := Numbers(5)).count = 7
+    image = Copying(3, source, b"", None).finish()
     image.data[place] ^= 4
     shard = Numbers(1)
     with pytest.raises(StateMismatch, match="version 3 fails its checksum"):
         image.load(shard)
-    assert shard.holds(1)
-    with pytest.raises(StateMismatch, match="checksum"):
-        replace(image, crc=image.crc ^ 1).load(shard)
+    assert shard.count == 0  # a damaged head is not even read
 
 
 def test_damage_on_the_way_to_a_newcomer_is_found() -> None:
@@ -170,6 +170,53 @@ def test_damage_on_the_way_to_a_newcomer_is_found() -> None:
     image.data[1] ^= 1
     with pytest.raises(StateMismatch):
         image.load(Numbers(0))
+
+
+class SlowCopying(Copying):
+    """Is under way until it is told, as a copy from a device."""
+
+    may_end = False
+
+    @property
+    def is_done(self) -> bool:
+        return self.may_end
+
+
+def test_an_image_in_the_making_is_sent_when_it_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ring = Ring()
+    ring.run(1)
+    monkeypatch.setattr(snapshot, "Copying", SlowCopying)
+    ring.take(2)
+    ring.ranks[0].collect()
+    assert ring.ranks[0].versions() == (1,)
+    assert ring.wire.num_waiting(0, 1, DATA_TAG) == 0
+    monkeypatch.setattr(SlowCopying, "may_end", True)
+    ring.ranks[0].collect()
+    assert ring.ranks[0].versions() == (1, 2)
+    assert ring.wire.num_waiting(0, 1, DATA_TAG) == 1
+    monkeypatch.setattr(SlowCopying, "may_end", False)
+    for snapshots in reversed(ring.ranks):
+        snapshots.complete(2)  # waits for what is not
+    assert [snapshots.held() for snapshots in ring.ranks] == [{1: (1, 2)}, {0: (1, 2)}]
+
+
+def test_an_image_in_the_making_goes_with_the_device_and_stays_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ring = Ring()
+    ring.run(1)
+    monkeypatch.setattr(snapshot, "Copying", SlowCopying)
+    ring.take(2)
+    ring.ranks[1].lose_device()
+    ring.wire.cut()
+    for snapshots in ring.ranks:
+        snapshots.collect_last()
+    assert [snapshots.versions() for snapshots in ring.ranks] == [(1, 2), (1,)]
+    assert ring.wire.num_waiting(0, 1, HEADER_TAG) == 0  # its epoch is over
+    ring.connect()
+    assert ring.wire.num_waiting(0, 1, HEADER_TAG) == 1
 
 
 def test_collect_takes_what_is_complete_and_does_not_wait() -> None:
@@ -275,5 +322,5 @@ def test_a_base_that_the_job_went_back_behind_counts_no_more() -> None:
     for snapshots in ring.ranks:
         snapshots.forget_after(4)
     assert [snapshots.due(6) for snapshots in ring.ranks] == [4, 4]
-    ring.ranks[1].adopt(Image.of(5, ring.shards[0], b"", None))
+    ring.ranks[1].adopt(Copying(5, ring.shards[0], b"", None).finish())
     assert ring.ranks[1].due(6) == 5  # on a newcomer: the others went back to it
