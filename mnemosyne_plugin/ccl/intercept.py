@@ -6,11 +6,13 @@ a set-up that the others have left behind.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import constants
 from torch.distributed import distributed_c10d as c10d
 
 from mnemosyne_plugin.errors import ConfigError
@@ -27,9 +29,9 @@ def serve_process_groups(
     has_devices: our backend moves what lies on them, too.
     """
 
-    choose = functools.partial(our_backend, has_devices=has_devices)
+    asked: list[str | None] = []
     for name in ("init_process_group", "new_group"):
-        wrapper = _with_our_backend(getattr(c10d, name), choose)
+        wrapper = _with_our_backend(getattr(c10d, name), has_devices, asked)
         setattr(c10d, name, wrapper)
         setattr(torch.distributed, name, wrapper)
     barrier = c10d._store_based_barrier
@@ -142,21 +144,25 @@ _BY_NAME = {
 
 
 def _with_our_backend(
-    function: Callable[..., Any], choose: Callable[[str | None], str | None]
+    function: Callable[..., Any], has_devices: bool, asked: list[str | None]
 ) -> Callable[..., Any]:
-    # backend is the first argument of init_process_group, the third of new_group;
-    # a new_group without one takes that of the default group.
+    """asked: what init_process_group was asked for, the last time."""
+    # A new_group without a backend takes that of the default group.
     is_init = function.__name__ == "init_process_group"
-    place = 0 if is_init else 2
     default = BACKEND if is_init else None
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if len(args) > place:
-            backend = choose(args[place]) or default
-            args = (*args[:place], backend, *args[place + 1 :])
-        else:
-            kwargs["backend"] = choose(kwargs.get("backend")) or default
-        return function(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        requested = given.get("backend")
+        if is_init:
+            asked[:] = [requested]
+        given["backend"] = our_backend(requested, has_devices) or default
+        # torch's default depends on the name.
+        name = (requested or asked[0]) if asked else requested
+        if str(name).lower() == "nccl" and given.get("timeout") is None:
+            given["timeout"] = constants.default_pg_nccl_timeout
+        return function(**given)
 
     return wrapper
