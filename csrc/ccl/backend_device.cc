@@ -67,6 +67,19 @@ Tensors outputsOf(const Args&... args) {
   return all;
 }
 
+// Of the first tensor that is on one.
+template <typename... Args>
+std::optional<c10::Device> deviceOf(const Args&... args) {
+  std::optional<c10::Device> device;
+  [[maybe_unused]] const auto look = [&](const auto& arg) {
+    forEach(*arg.value, [&](at::Tensor& tensor) {
+      if (!device && !tensor.is_cpu()) device = tensor.device();
+    });
+  };
+  (look(args), ...);
+  return device;
+}
+
 // The same for who does not wait by a work: NCCL would give none, and nobody
 // could tell whether it is done. The caller waits for the work in its place.
 template <typename Options>
@@ -184,10 +197,14 @@ std::string describe(const std::exception_ptr& error) {
 // An operation of the inner backend; its failure is that of the mesh.
 class InnerWork final : public c10d::Work {
  public:
-  InnerWork(int rank, WorkPtr work, std::shared_ptr<Mesh> mesh,
+  // `device`: of its tensors, if it has streams.
+  InnerWork(int rank, WorkPtr work, std::shared_ptr<Inner> inner,
+            std::optional<c10::Device> device, std::shared_ptr<Mesh> mesh,
             std::shared_ptr<Group> group, Tensors outputs)
       : c10d::Work(rank, work->retrieveOpType()),
         work_(std::move(work)),
+        inner_(std::move(inner)),
+        device_(device),
         mesh_(std::move(mesh)),
         group_(std::move(group)),
         outputs_(std::move(outputs)),
@@ -234,7 +251,10 @@ class InnerWork final : public c10d::Work {
   template <typename Call>
   bool guard(const Call& call) {
     try {
-      return call();
+      const bool is_done = call();
+      if (device_ && !is_followed_.exchange(true))
+        inner_->follow(work_, *device_);
+      return is_done;
     } catch (...) {
       absorb(*mesh_, *group_, epoch_, describe(std::current_exception()));
       return true;
@@ -242,6 +262,9 @@ class InnerWork final : public c10d::Work {
   }
 
   const WorkPtr work_;
+  const std::shared_ptr<Inner> inner_;
+  const std::optional<c10::Device> device_;
+  std::atomic<bool> is_followed_{false};
   const std::shared_ptr<Mesh> mesh_;
   const std::shared_ptr<Group> group_;
   const Tensors outputs_;
@@ -317,7 +340,8 @@ WorkPtr DeviceBackend::runInner(const Route& route, const Call& call,
       if (mesh()->hasFailed()) inner_->abort();
       if (!work) return nullptr;
       return keep(c10::make_intrusive<InnerWork>(
-          getRank(), std::move(work), mesh(), group, outputsOf(args...)));
+          getRank(), std::move(work), inner_, deviceOf(args...), mesh(), group,
+          outputsOf(args...)));
     }
   } catch (const c10::DistBackendError& error) {
     inner_->fail();
@@ -364,8 +388,9 @@ WorkPtr DeviceBackend::connect(Tensors first) {
   if (first.empty()) return nullptr;
   WorkPtr work = inner->allreduce(first, async(c10d::AllreduceOptions()));
   inner_->note(work, -1, -1);
-  return c10::make_intrusive<InnerWork>(getRank(), std::move(work), mesh(),
-                                        group(), std::move(first));
+  return c10::make_intrusive<InnerWork>(getRank(), std::move(work), inner_,
+                                        deviceOf(both(first)), mesh(), group(),
+                                        first);
 }
 
 // Null if it cannot be had, and that is absorbed.
@@ -440,7 +465,8 @@ WorkPtr DeviceBackend::endCoalescing() {
       if (WorkPtr work = inner->endCoalescing()) {
         inner_->watch(work);
         works.push_back(c10::make_intrusive<InnerWork>(
-            getRank(), std::move(work), mesh(), group, Tensors()));
+            getRank(), std::move(work), inner_, std::nullopt, mesh(), group,
+            Tensors()));
       }
       if (mesh()->hasFailed()) inner_->abort();
     } catch (...) {

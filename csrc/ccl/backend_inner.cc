@@ -1,5 +1,6 @@
 #include "ccl/backend_inner.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "common/error.h"
@@ -72,22 +73,38 @@ void Inner::note(const WorkPtr& work, int to, int from) {
     ++standing_.collectives;
   }
   ended = prune();
-  if (work) flight_.push_back({work, to >= 0 || from >= 0});
+  if (work) flight_.push_back({work, nullptr, to >= 0 || from >= 0});
 }
 
 void Inner::watch(const WorkPtr& work) {
   std::lock_guard<std::mutex> lock(mu_);
-  flight_.push_back({work, true});
+  flight_.push_back({work, nullptr, true});
+}
+
+void Inner::follow(const WorkPtr& work, c10::Device device) {
+  auto done = std::make_shared<c10::Event>(device.type());
+  done->record(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
+  WorkPtr followed;  // let go without the lock
+  std::lock_guard<std::mutex> lock(mu_);
+  // Most are waited for at once.
+  const auto flight =
+      std::find_if(flight_.rbegin(), flight_.rend(),
+                   [&](const Flight& each) { return each.work == work; });
+  if (flight == flight_.rend()) return;
+  followed = std::exchange(flight->work, nullptr);
+  flight->done = std::move(done);
 }
 
 void Inner::wait() {
-  std::vector<WorkPtr> awaited;
+  std::deque<Flight> awaited;
   {
     std::lock_guard<std::mutex> lock(mu_);
-    for (const Flight& each : flight_)
-      if (!each.is_message) awaited.push_back(each.work);
+    awaited = flight_;
   }
-  for (const WorkPtr& work : awaited) work->wait();
+  for (const Flight& each : awaited) {
+    if (each.is_message) continue;
+    each.work ? (void)each.work->wait() : each.done->synchronize();
+  }
 }
 
 void Inner::fail() {
@@ -119,11 +136,13 @@ std::vector<Inner::WorkPtr> Inner::prune() {
           "its backend has noticed an error, or an operation that took longer "
           "than the group's timeout");
     }
-    while (!flight_.empty() && flight_.front().work->isCompleted()) {
-      error_ = flight_.front().work->exception();
-      ended.push_back(std::move(flight_.front().work));
+    while (!flight_.empty() && !error_) {
+      const Flight& first = flight_.front();
+      if (!(first.work ? first.work->isCompleted() : first.done->query()))
+        break;
+      if (first.work) error_ = first.work->exception();
+      ended.push_back(first.work);
       flight_.pop_front();
-      if (error_) break;
     }
   } catch (...) {
     error_ = std::current_exception();

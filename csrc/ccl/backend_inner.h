@@ -5,9 +5,11 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <vector>
 
+#include <c10/core/Event.h>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 
 #include "ccl/group.h"
@@ -48,6 +50,9 @@ class Inner {
   void note(const WorkPtr& work, int to, int from);
   // It has not done all before this is over.
   void watch(const WorkPtr& work);
+  // This thread's stream on `device` waits for it from now on: it need not be
+  // kept, and with it the tensors, to know when it is done.
+  void follow(const WorkPtr& work, c10::Device device);
   // Waits as the collectives that are in flight are waited for.
   void wait();
   // What was asked of it has failed, and all know.
@@ -73,7 +78,8 @@ class Inner {
 
  private:
   struct Flight {
-    WorkPtr work;
+    WorkPtr work;  // null if there is an event
+    std::shared_ptr<c10::Event> done;
     bool is_message;
   };
 

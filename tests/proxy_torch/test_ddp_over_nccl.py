@@ -96,3 +96,11 @@ def test_a_communicator_that_hangs_costs_no_server(
     assert not job.num_recoveries and not job.ranks_that_hung
     assert len(job.pids) == len(job.groups) == 2
     assert job.kept
+
+
+def test_operations_that_were_waited_for_hold_no_memory(tmp_path: Path) -> None:
+    # The host is ahead of the device by all of them.
+    job = train("held.py", tmp_path)
+    held = {name: float(size) for name, size in map(str.split, job.lines)}
+    assert held.keys() == {"reduce", "reduce_later", "gather", "exchange"}
+    assert max(held.values()) <= 2.0
