@@ -333,6 +333,7 @@ WorkPtr DeviceBackend::runInner(const Route& route, const Call& call,
     if (mesh()->hasFailed()) {
       absorb(*mesh(), *group, epoch, "");
     } else if (const auto inner = connected(*group, epoch)) {
+      if (route.to < 0 && route.from < 0) inner_->meet(*group);
       joinBundle(inner);
       WorkPtr work = call(*inner, *args.value...);
       inner_->note(work, route.to, route.from);
@@ -386,6 +387,7 @@ Inner::BackendPtr DeviceBackend::ready(const Group& group, int64_t epoch) {
 WorkPtr DeviceBackend::connect(Tensors first) {
   const Inner::BackendPtr inner = ready(*group(), mesh()->currentEpoch());
   if (first.empty()) return nullptr;
+  inner_->meet(*group());
   WorkPtr work = inner->allreduce(first, async(c10d::AllreduceOptions()));
   inner_->note(work, -1, -1);
   return c10::make_intrusive<InnerWork>(getRank(), std::move(work), inner_,

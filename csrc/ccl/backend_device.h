@@ -14,11 +14,13 @@ class DeviceBackend final : public MnemosyneBackend {
  public:
   // `device`: the type of those that `make` makes backends for.
   DeviceBackend(std::shared_ptr<Mesh> mesh, std::shared_ptr<Group> group,
-                bool is_world, c10::DeviceType device, Inner::Make make)
+                bool is_world, c10::DeviceType device, Inner::Make make,
+                Inner::Meet meet)
       : MnemosyneBackend(std::move(mesh), std::move(group), is_world),
         device_(device),
         make_(make),
-        inner_(std::make_shared<Inner>(std::move(make))) {}
+        meet_(meet),
+        inner_(std::make_shared<Inner>(std::move(make), std::move(meet))) {}
 
   Inner& inner() const { return *inner_; }
   // Makes the inner one if there is none, and reduces `first` with it, if that
@@ -84,7 +86,7 @@ class DeviceBackend final : public MnemosyneBackend {
   c10::intrusive_ptr<MnemosyneBackend> another(std::shared_ptr<Group> group,
                                                bool is_world) const override {
     return c10::make_intrusive<DeviceBackend>(mesh(), std::move(group),
-                                              is_world, device_, make_);
+                                              is_world, device_, make_, meet_);
   }
   void takeSeats(std::vector<int> global_ranks, int64_t uuid) override;
 
@@ -114,6 +116,7 @@ class DeviceBackend final : public MnemosyneBackend {
 
   const c10::DeviceType device_;
   const Inner::Make make_;
+  const Inner::Meet meet_;
   const std::shared_ptr<Inner> inner_;
   std::atomic<uint64_t> num_inner_{0};  // operations
   // What the script wants of each inner backend that there will be.

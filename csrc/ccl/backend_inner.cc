@@ -62,6 +62,19 @@ Inner::BackendPtr Inner::current() const {
   return is_aborted_ ? nullptr : backend_;
 }
 
+void Inner::meet(const Group& group) {
+  std::lock_guard<std::mutex> meeting(meeting_mu_);
+  int64_t life;
+  {
+    std::lock_guard<std::mutex> lock(mu_);
+    if (have_met_) return;
+    life = standing_.life;
+  }
+  meet_(group.id(), life, group.size());
+  std::lock_guard<std::mutex> lock(mu_);
+  have_met_ = true;
+}
+
 void Inner::note(const WorkPtr& work, int to, int from) {
   std::vector<WorkPtr> ended;
   std::lock_guard<std::mutex> lock(mu_);
@@ -187,7 +200,7 @@ void Inner::drop() {
   std::swap(backend, backend_);
   std::swap(flight, flight_);
   standing_ = {};
-  is_aborted_ = has_failed_ = false;
+  have_met_ = is_aborted_ = has_failed_ = false;
   error_ = nullptr;
 }
 

@@ -25,13 +25,20 @@ class Inner {
   using Make = std::function<BackendPtr(uint64_t group, int64_t life, int rank,
                                         int size)>;
 
-  explicit Inner(Make make) : make_(std::move(make)) {}
+  // Returns when all ranks of the group have called it.
+  using Meet = std::function<void(uint64_t group, int64_t life, int size)>;
+
+  Inner(Make make, Meet meet)
+      : make_(std::move(make)), meet_(std::move(meet)) {}
 
   // The one that there is, or a new one. Throws GroupAborted between abort()
   // and drop(), and what Make throws.
   BackendPtr get(const Group& group, int64_t life);
   // Null if there is none.
   BackendPtr current() const;
+  // In front of a collective: sees to it that the first one finds all ranks
+  // there. Ranks may come to it far apart, and NCCL waits for a shorter time.
+  void meet(const Group& group);
 
   // While one of these lives it is not quiet: something is being asked of it.
   class Use {
@@ -89,9 +96,12 @@ class Inner {
   std::vector<WorkPtr> prune();
 
   const Make make_;
+  const Meet meet_;
   std::mutex making_mu_;   // held while one is made
+  std::mutex meeting_mu_;  // held while ranks meet
   mutable std::mutex mu_;  // guards all below
   BackendPtr backend_;
+  bool have_met_ = false;
   bool is_aborted_ = false;
   bool has_failed_ = false;   // something that was asked of it
   std::exception_ptr error_;  // of something that was in flight

@@ -166,11 +166,11 @@ c10::intrusive_ptr<MnemosyneBackend> createGroup(std::shared_ptr<Mesh> mesh,
 c10::intrusive_ptr<DeviceBackend> createDeviceGroup(
     std::shared_ptr<Mesh> mesh, const std::string& name, std::vector<int> ranks,
     double timeout_s, bool is_world, int64_t uuid, const std::string& device,
-    Inner::Make make) {
+    Inner::Make make, Inner::Meet meet) {
   auto group = makeGroup(*mesh, name, std::move(ranks), timeout_s, true, uuid);
   return c10::make_intrusive<DeviceBackend>(
       std::move(mesh), std::move(group), is_world, c10::Device(device).type(),
-      std::move(make));
+      std::move(make), std::move(meet));
 }
 
 py::tuple standingOf(const DeviceBackend& backend) {

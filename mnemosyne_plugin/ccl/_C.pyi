@@ -97,6 +97,7 @@ def create_device_group(
     uuid: int,
     device: str,
     make: Callable[[int, int, int, int], Backend],
+    meet: Callable[[int, int, int], None],
 ) -> DeviceBackend: ...
 def create_group(
     mesh: Mesh,

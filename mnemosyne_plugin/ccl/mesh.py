@@ -267,9 +267,17 @@ def create_device_group(
             call it; nobody waits in that store for a rank that is lost.
     """
 
+    def store_of(key: int, life: int) -> Store:
+        return _C.FencedStore(f"mnemosyne/{key}/{life}", store, mesh._native)
+
     def make_one(key: int, life: int, rank: int, size: int) -> Backend:
-        own = _C.FencedStore(f"mnemosyne/{key}/{life}", store, mesh._native)
-        return make(own, rank, size)
+        return make(store_of(key, life), rank, size)
+
+    def meet(key: int, life: int, size: int) -> None:
+        own = store_of(key, life)
+        if own.add("mnemosyne/here", 1) == size:
+            own.set("mnemosyne/all", "")
+        own.wait(["mnemosyne/all"])
 
     return _C.create_device_group(
         mesh._native,
@@ -280,4 +288,5 @@ def create_device_group(
         uuid,
         device_type,
         make_one,
+        meet,
     )

@@ -15,42 +15,13 @@ _BLOCK_BYTES = 1 << 23
 _WORD_BYTES = 8
 
 
-class BlockSums:
-    """The sums of what lies on one device. Takes three blocks of its memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Work on the stream that is the current one."""
-        num_words = _BLOCK_BYTES // _WORD_BYTES
-        self._factors = torch.arange(1, 2 * num_words, 2, device=device)
-        self._sums: list[torch.Tensor] = []
-
-    def add(self, part: torch.Tensor) -> None:
-        """Start to sum up ``part``, ``[n]`` uint8, on the current stream."""
-        for begin in range(0, len(part), _BLOCK_BYTES):
-            words = _words_of(part[begin : begin + _BLOCK_BYTES])
-            self._sums.append((words * self._factors[: len(words)]).sum())
-
-    def crc(self, crc: int) -> int:
-        """Wait for the sums, and return their CRC-32, behind another's."""
-        return crc_of(torch.stack(self._sums).cpu(), crc) if self._sums else crc
-
-
-def checksum(parts: Iterable[torch.Tensor], others: Iterable[BlockSums] = ()) -> int:
-    """Return 32 bits that follow from the bytes of ``parts``, each ``[n]`` uint8.
-
-    others: of more parts, which are on devices.
-    """
-    crc, sums = 0, dict[torch.device, BlockSums]()
+def checksum(parts: Iterable[torch.Tensor]) -> int:
+    """Return that of ``parts``, each ``[n]`` uint8, in 32 bits."""
+    whole = Checksum()
     for part in parts:
-        if part.is_cpu:
-            crc = crc_of(part, crc)
-            continue
-        if part.device not in sums:
-            sums[part.device] = BlockSums(part.device)
-        sums[part.device].add(part)
-    for each in (*sums.values(), *others):
-        crc = each.crc(crc)
-    return crc
+        whole.add(part)
+    whole.fetch(wait=True)
+    return whole.value()
 
 
 def crc_of(contents: torch.Tensor, crc: int = 0) -> int:
@@ -60,11 +31,56 @@ def crc_of(contents: torch.Tensor, crc: int = 0) -> int:
     return zlib.crc32(memory, crc)
 
 
-def _words_of(block: torch.Tensor) -> torch.Tensor:
-    """Return its bytes as int64, filled up with zeros; a view, if that can be."""
-    if len(block) % _WORD_BYTES or block.data_ptr() % _WORD_BYTES:
-        size = -(-len(block) // _WORD_BYTES) * _WORD_BYTES
-        whole = torch.zeros(size, dtype=torch.uint8, device=block.device)
-        whole[: len(block)].copy_(block)
-        block = whole
-    return block.view(torch.int64)
+class Checksum:
+    """One in the making. What lies on a device, on one, is summed up there.
+
+    It works on the current stream, and takes three blocks of the device's memory.
+    """
+
+    def __init__(self) -> None:
+        self._crc = 0
+        self._block: list[torch.Tensor] = []
+        self._block_bytes = 0
+        self._sums: list[torch.Tensor] = []
+
+    def add(self, part: torch.Tensor) -> None:
+        """Take ``part``, ``[n]`` uint8, behind the others."""
+        if part.is_cpu:
+            self._crc = crc_of(part, self._crc)
+            return
+        for begin in range(0, len(part), _BLOCK_BYTES):
+            block = part[begin : begin + _BLOCK_BYTES]
+            if self._block_bytes + len(block) > _BLOCK_BYTES:
+                self._flush()
+            # Small parts make a block together: launches are what they would cost.
+            self._block.append(block)
+            self._block_bytes += len(block)
+
+    def _flush(self) -> None:
+        """Start to sum up what was added."""
+        if not self._block:
+            return
+        block, device = self._block[0], self._block[0].device
+        padding = -self._block_bytes % _WORD_BYTES
+        if padding or len(self._block) > 1 or block.data_ptr() % _WORD_BYTES:
+            zeros = torch.zeros(padding, dtype=torch.uint8, device=device)
+            block = torch.cat([*self._block, zeros])
+        words = block.view(torch.int64)
+        if not self._sums:
+            last = 2 * (_BLOCK_BYTES // _WORD_BYTES)
+            self._factors = torch.arange(1, last, 2, device=device)
+        self._sums.append((words * self._factors[: len(words)]).sum())
+        self._block, self._block_bytes = [], 0
+
+    def fetch(self, *, wait: bool) -> None:
+        """Bring into host memory what ``value`` needs: nothing more is added.
+
+        Without ``wait`` it is there once the current stream has come so far.
+        """
+        self._flush()
+        if self._sums:
+            self._fetched = torch.stack(self._sums).to("cpu", non_blocking=not wait)
+
+    def value(self) -> int:
+        """Return it, behind ``fetch``."""
+        return crc_of(self._fetched, self._crc) if self._sums else self._crc

@@ -2,7 +2,6 @@
 
 import pickle
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -10,8 +9,10 @@ from typing import Any, Protocol
 import torch
 
 from mnemosyne_plugin.errors import StateMismatch
-from mnemosyne_plugin.state.checksum import BlockSums, checksum, crc_of
+from mnemosyne_plugin.state.checksum import Checksum, checksum, crc_of
 from mnemosyne_plugin.state.manifest import Entry, describe
+
+Tensors = dict[str, torch.Tensor]
 
 _ALIGNMENT = 64
 _HEAD_BYTES = 1 << 14
@@ -81,12 +82,14 @@ class Image:
         manifest, scalars, pack = pickle.loads(bytes(head.numpy()))
         tensors = shard.allocate(manifest)
         begins, _ = _places([entry.size_bytes for entry in manifest])
-        loaded = [tensors[entry.key] for entry in manifest]
         with torch.no_grad():
-            for entry, tensor, begin in zip(manifest, loaded, begins, strict=True):
+            for entry, begin in zip(manifest, begins, strict=True):
                 part = self.data[begin : begin + entry.size_bytes]
+                tensor = tensors[entry.key]
                 tensor.copy_(part.view(tensor.dtype).reshape(tensor.shape))
-        self._check(checksum(_bytes_of(each) for each in loaded), self.body_checksum)
+        loaded = {entry.key: tensors[entry.key] for entry in manifest}
+        sums = (checksum(map(_bytes_of, t.values())) for t in _parted(loaded))
+        self._check(_joined(*sums), self.body_checksum)
         shard.load_scalars(scalars)
         return bytes(pack)
 
@@ -115,56 +118,63 @@ class Copying:
         head += bytes(-len(head) % _HEAD_BYTES)
         sizes = [t.numel() * t.element_size() for t in tensors.values()]
         begins, self._body_bytes = _places(sizes)
-        devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
-        size = self._body_bytes + len(head)
-        self._data = _buffer(size, spare, is_pinned=bool(devices))
-        self._data[self._body_bytes :] = torch.frombuffer(
-            bytearray(head), dtype=torch.uint8
-        )
-        self._host_parts: list[torch.Tensor] = []
-        self._sums = {device: BlockSums(device) for device in devices}
-        self._ends: list[torch.cuda.Event] = []
-        for device in devices:
-            _stream(device).wait_stream(torch.cuda.current_stream(device))
-        for (key, tensor), begin, size in zip(
-            tensors.items(), begins, sizes, strict=True
-        ):
-            self._copy(key, tensor, self._data[begin : begin + size])
-        for device in devices:
-            # What forward changes has been copied in front of it.
-            _stream(device).wait_stream(torch.cuda.current_stream(device))
-            self._ends.append(_stream(device).record_event())
-
-    def _copy(self, key: str, tensor: torch.Tensor, part: torch.Tensor) -> None:
-        if not tensor.is_cuda:
-            part.copy_(_bytes_of(tensor))
-            self._host_parts.append(part)
+        device = next((t.device for t in tensors.values() if t.is_cuda), None)
+        is_pinned = device is not None
+        self._data = _buffer(self._body_bytes + len(head), spare, is_pinned)
+        rest = self._data[self._body_bytes :]
+        rest.copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
+        parts = {
+            key: self._data[begin : begin + size]
+            for key, begin, size in zip(tensors, begins, sizes, strict=True)
+        }
+        still, moving = _parted(tensors)
+        self._sums = Checksum(), Checksum()
+        self._end: torch.cuda.Event | None = None
+        _copy(moving, parts, self._sums[1])
+        if device is None:
+            _copy(still, parts, self._sums[0])
             return
-        with ExitStack() as stack:
-            if not key.startswith("buffer/"):
-                stream = _stream(tensor.device)
+        stream = _stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            _copy(still, parts, self._sums[0])
+        for tensor in still.values():
+            if tensor.is_cuda:
                 tensor.record_stream(stream)
-                stack.enter_context(torch.cuda.stream(stream))
-            contents = _bytes_of(tensor)
-            part.copy_(contents, non_blocking=True)
-            self._sums[tensor.device].add(contents)
+        self._end = stream.record_event()
 
     @property
     def is_done(self) -> bool:
         """Whether ``finish`` would not wait."""
-        return all(end.query() for end in self._ends)  # type: ignore[no-untyped-call]
+        return self._end is None or bool(self._end.query())  # type: ignore[no-untyped-call]
 
     def finish(self) -> Image:
         """Wait until all has been copied, and return it."""
-        for end in self._ends:
-            end.synchronize()
-        return Image(
-            self.version,
-            self._data,
-            self._body_bytes,
-            crc_of(self._data[self._body_bytes :]),
-            checksum(self._host_parts, self._sums.values()),
-        )
+        if self._end is not None:
+            self._end.synchronize()
+        head_crc = crc_of(self._data[self._body_bytes :])
+        body = _joined(*(each.value() for each in self._sums))
+        return Image(self.version, self._data, self._body_bytes, head_crc, body)
+
+
+def _parted(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Part what only a mutation changes, and the rest."""
+    moving = {key: each for key, each in tensors.items() if key.startswith("buffer/")}
+    still = {key: each for key, each in tensors.items() if key not in moving}
+    return still, moving
+
+
+def _copy(tensors: Tensors, parts: Tensors, sums: Checksum) -> None:
+    """Begin to, on the current stream."""
+    for key, tensor in tensors.items():
+        contents = _bytes_of(tensor)
+        parts[key].copy_(contents, non_blocking=True)
+        sums.add(contents)
+    sums.fetch(wait=False)
+
+
+def _joined(*checksums: int) -> int:
+    return crc_of(torch.tensor(checksums))
 
 
 @cache

@@ -132,30 +132,33 @@ def test_a_flipped_bit_fails_the_checksum() -> None:
         transfer(Toy(1, steps=1), Toy(2), Wire(), carriers)
 
 
-def test_sums_of_blocks_tell_each_changed_byte_and_each_exchange(
+class OnDevice(torch.Tensor):
+    """Host memory that says it is not."""
+
+    is_cpu = False  # type: ignore[assignment]
+
+
+def test_a_devices_checksum_tells_each_changed_byte_and_each_exchange(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(checksum, "_BLOCK_BYTES", 64)
     data = torch.randint(1, 255, (203,), dtype=torch.uint8)
 
-    def sums(part: torch.Tensor) -> list[int]:
-        blocks = checksum.BlockSums(part.device)
-        blocks.add(part)
-        return [int(each) for each in blocks._sums]
+    def value(*cuts: int, data: torch.Tensor = data) -> int:
+        parts = data.tensor_split(torch.tensor(cuts, dtype=torch.int64))
+        return checksum.checksum(part.as_subclass(OnDevice) for part in parts)
 
-    right = sums(data)
-    assert len(right) == 4
+    right = value()
     for place in range(len(data)):
         other = data.clone()
         other[place] += 1
-        assert sums(other) != right
+        assert value(data=other) != right
     words = data[:200].view(torch.int64).clone()
     words[[3, 5]] = words[[5, 3]]
-    other = torch.cat([words.view(torch.uint8), data[200:]])
-    assert sums(other) != right
+    assert value(data=torch.cat([words.view(torch.uint8), data[200:]])) != right
     # Where the bytes lie is not part of it.
-    shifted = torch.cat([torch.zeros(3, dtype=torch.uint8), data])[3:]
-    assert sums(shifted) == right
+    assert value(data=torch.cat([torch.zeros(3, dtype=torch.uint8), data])[3:]) == right
+    assert value(5, 11, 40) == value(5, 11, 40, data=data.clone())
 
 
 def test_a_newcomer_of_another_structure_is_refused_by_key() -> None:

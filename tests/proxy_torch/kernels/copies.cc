@@ -162,6 +162,7 @@ void addCopies(RegisterKernel* add_to) {
       add_to, lambda<float>("25bfloat16_copy_kernel_cuda"));
   addRange<int64_t, int64_t>(add_to, "2");
   addRange<float, float>(add_to, "5");
+  addConcatenations<uint8_t>(add_to);
   addConcatenations<uint16_t>(add_to);
   addConcatenations<uint32_t>(add_to);
   addConcatenations<uint64_t>(add_to);
