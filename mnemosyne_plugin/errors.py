@@ -67,6 +67,14 @@ class NoSourceForState(FatalError):
         self.keys = keys
 
 
+class GraphLost(FatalError):
+    """A CUDA graph holds operations of a group that was made anew since."""
+
+
+class OutOfDeviceMemory(FatalError):
+    """A device has no room for what a repair needs, beside what the script has."""
+
+
 class StateMismatch(FatalError):
     """What a peer holds does not fit what this rank expects."""
 

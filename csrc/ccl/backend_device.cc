@@ -290,6 +290,12 @@ WorkPtr DeviceBackend::run(const Route& route, const Call& call, Args... args) {
   // A newcomer makes its set-up alone: what it needs of it is in the log, and
   // so it must have gone over the mesh.
   const Mesh::Setup setup = mesh()->setup();
+  if (setup != Mesh::Setup::kNone && Inner::isCapturing()) {
+    throw ConfigError("group " + group()->name() +
+                      " is used in a graph that is captured in front of the "
+                      "first step; capture it in a step, since whoever "
+                      "replaces a lost worker makes its set-up alone");
+  }
   if (setup != Mesh::Setup::kNone && route.size <= kMaxResultBytes)
     return keep(runStaged(call, args...));
   if (setup == Mesh::Setup::kReplayed)
@@ -336,13 +342,20 @@ WorkPtr DeviceBackend::runInner(const Route& route, const Call& call,
       if (route.to < 0 && route.from < 0) inner_->meet(*group);
       joinBundle(inner);
       WorkPtr work = call(*inner, *args.value...);
-      inner_->note(work, route.to, route.from);
+      // What is captured is not in flight, and its work must not be asked.
+      std::optional<c10::Device> device;
+      if (Inner::isCapturing()) {
+        inner_->noteCaptured();
+      } else {
+        inner_->note(work, route.to, route.from);
+        device = deviceOf(args...);
+      }
       ++num_inner_;
       if (mesh()->hasFailed()) inner_->abort();
       if (!work) return nullptr;
-      return keep(c10::make_intrusive<InnerWork>(
-          getRank(), std::move(work), inner_, deviceOf(args...), mesh(), group,
-          outputsOf(args...)));
+      return keep(c10::make_intrusive<InnerWork>(getRank(), std::move(work),
+                                                 inner_, device, mesh(), group,
+                                                 outputsOf(args...)));
     }
   } catch (const c10::DistBackendError& error) {
     inner_->fail();
@@ -465,7 +478,7 @@ WorkPtr DeviceBackend::endCoalescing() {
   if (const auto inner = std::exchange(bundling_, nullptr)) {
     try {
       if (WorkPtr work = inner->endCoalescing()) {
-        inner_->watch(work);
+        if (!Inner::isCapturing()) inner_->watch(work);
         works.push_back(c10::make_intrusive<InnerWork>(
             getRank(), std::move(work), inner_, std::nullopt, mesh(), group,
             Tensors()));

@@ -1,6 +1,7 @@
 #include "ccl/backend_inner.h"
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "common/error.h"
@@ -15,6 +16,8 @@ GroupAborted aborted(const Group& group, int64_t life) {
           "job is repaired",
       group.globalRank(group.rank()), life);
 }
+
+std::atomic<bool> is_capturing{false};
 
 // The base class throws.
 bool tellsErrors(const c10d::Backend& backend) {
@@ -89,6 +92,20 @@ void Inner::note(const WorkPtr& work, int to, int from) {
   if (work) flight_.push_back({work, nullptr, to >= 0 || from >= 0});
 }
 
+void Inner::setCapturing(bool on) { is_capturing = on; }
+
+bool Inner::isCapturing() { return is_capturing; }
+
+void Inner::noteCaptured() {
+  std::lock_guard<std::mutex> lock(mu_);
+  ++num_captured_;
+}
+
+uint64_t Inner::numCaptured() const {
+  std::lock_guard<std::mutex> lock(mu_);
+  return num_captured_;
+}
+
 void Inner::watch(const WorkPtr& work) {
   std::lock_guard<std::mutex> lock(mu_);
   flight_.push_back({work, nullptr, true});
@@ -140,7 +157,8 @@ void Inner::count(int change) {
 std::vector<Inner::WorkPtr> Inner::prune() {
   std::vector<WorkPtr> ended;
   // An abort may hold what is asked here for as long as it takes.
-  if (!backend_ || is_aborted_ || error_) return ended;
+  // Nor may an event be asked while a graph is captured: that ends the capture.
+  if (!backend_ || is_aborted_ || error_ || is_capturing) return ended;
   try {
     // Of works it has only copies, so that they tell of no timeout.
     if (tellsErrors(*backend_) &&

@@ -55,6 +55,12 @@ class Inner {
   // It was asked for a collective, or for a message to or from a rank. `work`:
   // null where it is part of a bundle.
   void note(const WorkPtr& work, int to, int from);
+  // The same while a graph is captured, which is not in flight. Process-wide.
+  static void setCapturing(bool is_capturing);
+  static bool isCapturing();
+  void noteCaptured();
+  uint64_t numCaptured() const;
+
   // It has not done all before this is over.
   void watch(const WorkPtr& work);
   // This thread's stream on `device` waits for it from now on: it need not be
@@ -106,6 +112,7 @@ class Inner {
   bool has_failed_ = false;   // something that was asked of it
   std::exception_ptr error_;  // of something that was in flight
   int num_uses_ = 0;
+  uint64_t num_captured_ = 0;
   Standing standing_;
   std::deque<Flight> flight_;
 };

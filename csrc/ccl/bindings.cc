@@ -215,6 +215,7 @@ PYBIND11_MODULE(_C, m) {
       .def("fence", &Mesh::fence, NoGil())
       .def("failure", [](const Mesh& mesh) { return toPython(mesh.failure()); })
       .def("absorb", &Mesh::absorb, NoGil())
+      .def_property_readonly("absorbs_failure", &Mesh::absorbsFailure)
       .def("start_recording", &Mesh::startRecording, NoGil())
       .def("stop_recording",
            [](Mesh& mesh) {
@@ -266,7 +267,15 @@ PYBIND11_MODULE(_C, m) {
                                const py::gil_scoped_release release;
                                return backend.inner().current();
                              })
+      .def_property_readonly(
+          "group_name",
+          [](const DeviceBackend& backend) { return backend.group()->name(); })
       .def("standing", &standingOf)
+      .def_property_readonly("num_captured",
+                             [](const DeviceBackend& backend) {
+                               const py::gil_scoped_release release;
+                               return backend.inner().numCaptured();
+                             })
       .def("connect", &DeviceBackend::connect, py::arg("first"), NoGil())
       .def("look", &DeviceBackend::look, NoGil())
       .def(
@@ -285,6 +294,7 @@ PYBIND11_MODULE(_C, m) {
       m, "FencedStore")
       .def(py::init<std::string, const c10::intrusive_ptr<c10d::Store>&,
                     std::shared_ptr<Mesh>>());
+  m.def("set_capturing", &Inner::setCapturing);
   m.def("create_group", &createGroup, NoGil());
   m.def("create_device_group", &createDeviceGroup, NoGil());
 #ifdef C10D_BACKEND_HAS_RECONFIGURE

@@ -191,7 +191,9 @@ class Session:
         if self._has_voted:
             raise FatalError("train_step must call optimizer.step() exactly once")
         if self._results is not None:
-            # Before the vote: behind it a device that is lost here leaves no loss.
+            # Before the vote: behind it a device that is lost here leaves no loss. The
+            # script may have computed one on a stream of its own.
+            self._manager.wait_for_device()
             self._results.keep(Session._run.__code__)
         if self._manager.commit() is Outcome.REDO:
             raise _Redo

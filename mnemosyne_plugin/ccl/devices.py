@@ -91,8 +91,13 @@ def find_devices(
     if has_proxy and not named and dist.is_nccl_available():
         return _nvidia(environment)
     if named == "nccl":
-        if not (torch.cuda.is_available() and dist.is_nccl_available()):
-            raise ConfigError(f"{named}: this torch finds no GPU, or has no NCCL")
+        if not dist.is_nccl_available():
+            raise ConfigError(f"{named}: this torch has no NCCL")
+        if not torch.cuda.is_available():
+            try:  # it tells why
+                torch.cuda.init()  # type: ignore[no-untyped-call]
+            except (RuntimeError, AssertionError) as error:
+                raise ConfigError(f"{named}: {error}") from error
         return _nvidia(environment)
     if not named:
         return None

@@ -152,6 +152,11 @@ class Mesh:
         """Let operations that fail complete as if they had not, or end that."""
         self._native.absorb(on)
 
+    @property
+    def absorbs_failure(self) -> bool:
+        """Whether a failure is latched, and absorbed."""
+        return self._native.absorbs_failure
+
     def start_recording(self) -> None:
         """Keep the results of small operations from here on."""
         self._native.start_recording()

@@ -9,6 +9,7 @@ loop. What the leader itself sees and decides does not pass through the store.
 import asyncio
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,6 +29,7 @@ from mnemosyne_plugin.launch.ranks import RankLogs, RankSpec, environments
 from mnemosyne_plugin.launch.workforce import REAP_TIMEOUT_S, Worker, Workforce
 from mnemosyne_plugin.recovery.membership import (
     AgentLost,
+    Cure,
     Decision,
     DeviceLost,
     Done,
@@ -214,6 +216,10 @@ class Agent:
             worker.traceback = message["traceback"]
             worker.is_fatal = message["fatal"]
             worker.is_state_lost = message["is_state_lost"]
+            worker.step, worker.cure = message["step"], message["cure"]
+            worker.device_error = message["device_error"]
+            if worker.device_error:
+                self._on_device_error(worker)
         elif rank < 0:
             raise MnemosyneError(
                 f"worker {worker.worker_id} sent {kind} without a rank"
@@ -266,8 +272,32 @@ class Agent:
                     traceback=worker.traceback,
                     fatal=worker.is_fatal,
                     is_state_lost=worker.is_state_lost,
+                    step=worker.step,
+                    cure=worker.cure,
+                    device_error=worker.device_error,
                 )
             )
+
+    def _on_device_error(self, worker: Worker) -> None:
+        """Tell the operator which device of which node it is."""
+        worker.device_error += f", on node {socket.gethostname()}"
+        if worker.cure != Cure.USER:
+            logger.error("rank %d: %s", worker.rank, worker.device_error)
+        self._emit(
+            "device_failed",
+            worker,
+            reason=worker.device_error,
+            cure=worker.cure,
+            step=worker.step,
+        )
+        self._loop.call_later(REAP_TIMEOUT_S, self._give_up_stuck, worker)
+
+    def _give_up_stuck(self, worker: Worker) -> None:
+        """End the job if a worker cannot end, since its driver does not let it."""
+        is_there = self._force.workers.get(worker.worker_id) is worker
+        if is_there and self.exit_code is None:
+            what = f"rank {worker.rank}: {worker.device_error}"
+            self._give_up(f"{what}; its worker, pid {worker.pid}, does not end")
 
     def on_nursery_lost(self, reason: str) -> None:
         """See Owner."""

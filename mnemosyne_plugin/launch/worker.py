@@ -56,22 +56,24 @@ def main(
         setup_log=None if log is None else base64.b64decode(log),
     )
     events = EventLog(order["run_dir"], f"worker-{worker_id}", worker_id=worker_id)
-    manager = Manager(
-        mesh=mesh,
-        channel=channel,
-        seat=place,
-        events=events,
-        on_phase=on_phase,
-        proxy=proxy.loaded(),
-    )
-    recovery.install(manager)
+    manager: Manager | None = None
     try:
+        manager = Manager(
+            mesh=mesh,
+            channel=channel,
+            seat=place,
+            events=events,
+            on_phase=on_phase,
+            proxy=proxy.loaded(),
+        )
+        recovery.install(manager)
         manager.start()
         _run_script(order)
         manager.finish()
     except BaseException as error:
-        _fail(error, channel)
-    manager.close()
+        _fail(error, channel, manager.version if manager else 0)
+    else:
+        manager.close()
     mesh.close()
     return 0
 
@@ -118,12 +120,16 @@ def _run_script(order: dict[str, Any]) -> None:
             raise
 
 
-def _fail(error: BaseException, channel: Channel) -> None:
+def _fail(error: BaseException, channel: Channel, step: int) -> None:
     """Report the error as python would, tell the agent, and end.
 
     The process ends without a farewell to its peers: they learn at once that this
-    rank is lost, instead of waiting for what it will never send.
+    rank is lost, instead of waiting for what it will never send. Nor does it wait for
+    its device, which may be broken: no destructor runs.
     """
+    from mnemosyne_plugin.recovery import device_errors
+
+    found = device_errors.find(error)
     if isinstance(error, SystemExit):
         if not isinstance(error.code, int):
             print(error.code, file=sys.stderr)
@@ -146,6 +152,11 @@ def _fail(error: BaseException, channel: Channel) -> None:
             traceback=text,
             fatal=isinstance(error, FatalError),
             is_state_lost=isinstance(error, NoSourceForState),
+            step=step,
+            cure=found.cure if found else "",
+            device_error=f"{device_errors.name_device()}: {found.text}"
+            if found
+            else "",
         )
         sys.stdout.flush()
         sys.stderr.flush()

@@ -51,6 +51,12 @@ class Worker:
     traceback: str = ""
     is_fatal: bool = False
     is_state_lost: bool = False
+    step: int = -1
+    """Of the script, when it raised."""
+    cure: str = ""
+    """See ``membership.Cure``."""
+    device_error: str = ""
+    """Which device has failed, and how; "": none has."""
     can_save: bool = False
     """It saves the job's state in front of its next step, if it is asked to."""
     exit_code: int = 0

@@ -14,6 +14,7 @@ import torch
 
 from mnemosyne_plugin import ccl
 from mnemosyne_plugin.ccl.devices import DeviceGroup, Devices, device_groups
+from mnemosyne_plugin.ccl.graphs import Graphs
 from mnemosyne_plugin.errors import GroupAborted
 from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.recovery.control import ControlGroup
@@ -63,15 +64,19 @@ class DeviceGroups:
         rank: int,
         events: EventLog,
         look: Callable[[], None] = lambda: None,
+        graphs: Graphs | None = None,
         find: Callable[[], list[DeviceGroup]] = device_groups,
         give_up: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGKILL),
     ) -> None:
         """look: fences the mesh if it is the device itself that has failed.
 
+        graphs: those that may hold operations of groups.
+
         give_up: ends this process, so that another one takes its rank.
         """
         self.devices = devices
         self._look = look
+        self._graphs = graphs
         self._mesh = mesh
         self._rank = rank
         self._events = events
@@ -111,8 +116,11 @@ class DeviceGroups:
         """
         self.carrier = None
         self._join_aborts()  # what one has not yet hit would pass for quiet
+        # What they were given before may still write to what is restored next. One
+        # that is broken tells here, and costs this worker.
+        self.wait()
         groups = {group.key: group for group in self._find()}
-        offers = {key: _offer(group) for key, group in groups.items()}
+        offers = {key: self._offer(group) for key, group in groups.items()}
         blobs = control.gather(json.dumps(offers).encode())
         by_rank = [
             {int(key): offer for key, offer in json.loads(blob).items()}
@@ -144,6 +152,10 @@ class DeviceGroups:
             kept=sum(group.inner is not None for group in groups.values()) - len(new),
         )
 
+    def _offer(self, group: DeviceGroup) -> list[Any]:
+        launches = self._graphs.num_launches(group) if self._graphs is not None else 0
+        return [*group.standing(), launches]
+
     def _drop(self, groups: Sequence[DeviceGroup]) -> None:
         self._abort([group.abort_inner for group in groups])
         self._join_aborts()
@@ -164,6 +176,7 @@ class DeviceGroups:
         """
         errors: list[Exception] = []
         works: list[Any] = []
+        out_of_memory: list[torch.OutOfMemoryError] = []
         device = self.devices.current() if groups else None
 
         def connect(group: DeviceGroup, once: bool) -> None:
@@ -174,6 +187,8 @@ class DeviceGroups:
                     works.append(work)
             except Exception as error:
                 errors.append(error)
+                if isinstance(error, torch.OutOfMemoryError):
+                    out_of_memory.append(error)
                 # The others may be in what this rank has not come to.
                 self._abort([group.abort_inner])
                 self._look()
@@ -190,6 +205,8 @@ class DeviceGroups:
         for thread in threads:
             thread.join()  # a failure of the mesh ends it, by ``release``
         self._connecting = ()
+        if out_of_memory:  # it would be in each repair
+            raise out_of_memory[0]
         if errors:
             raise self._mesh.failure() or GroupAborted(str(errors[0]), self._rank)
         for work in works:
@@ -213,7 +230,10 @@ class DeviceGroups:
         """A failure is latched: have the main thread wait for no other rank."""
         # Whether one is busy is a question that may wait for the device.
         busy = [group.abort_inner_if_busy for group in self._find()]
-        self._abort([*busy, *(group.abort_inner for group in self._connecting)])
+        others = list(self._connecting)
+        if self._graphs is not None:
+            others += self._graphs.in_flight()
+        self._abort([*busy, *(group.abort_inner for group in others)])
 
     def watch(self) -> float:
         """Fence the mesh if a group has failed on its device, and links know nothing.
@@ -235,17 +255,15 @@ class DeviceGroups:
             group.look()
 
 
-_NOTHING = [-1, True, 0, [], []]
+_NOTHING = [-1, True, 0, [], [], 0]
 _COLLECTIVES = 2  # of a standing: how many were asked for
-
-
-def _offer(group: DeviceGroup) -> list[Any]:
-    return list(group.standing())
 
 
 def _agree(stands: Sequence[list[Any]]) -> bool:
     """Tell whether its members, by rank, can use it on."""
-    lives, quiet, collectives, sent, received = zip(*stands, strict=True)
-    if -1 in lives or not all(quiet) or len({*lives}) > 1 or len({*collectives}) > 1:
+    lives, quiet, collectives, sent, received, launches = zip(*stands, strict=True)
+    if -1 in lives or not all(quiet):
+        return False
+    if any(len({*each}) > 1 for each in (lives, collectives, launches)):
         return False
     return list(sent) == [list(column) for column in zip(*received, strict=True)]

@@ -14,20 +14,25 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import torch
+
 from mnemosyne_plugin import ccl
 from mnemosyne_plugin.ccl.devices import are_named, find_devices
+from mnemosyne_plugin.ccl.graphs import Graphs
 from mnemosyne_plugin.ccl.intercept import group_ids, serve_process_groups
 from mnemosyne_plugin.config import DeviceProxyConfig
 from mnemosyne_plugin.errors import (
     ConfigError,
     FatalError,
     NoSourceForState,
+    OutOfDeviceMemory,
     PeerLost,
     RecoverableError,
     StateMismatch,
 )
 from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.proxy import DeviceProxy
+from mnemosyne_plugin.recovery import device_errors
 from mnemosyne_plugin.recovery.agent_link import AgentLink
 from mnemosyne_plugin.recovery.channel import Channel
 from mnemosyne_plugin.recovery.commit import Decision, Outcome, Report, decide
@@ -96,9 +101,13 @@ class Manager:
         devices = find_devices(has_proxy=proxy is not None)
         self._device = Device(proxy, mesh, seat.rank, events) if proxy else None
         look = self._device.look if self._device is not None else lambda: None
-        self._groups = (
-            DeviceGroups(devices, mesh, seat.rank, events, look) if devices else None
-        )
+        self._groups: DeviceGroups | None = None
+        if devices is not None:
+            graphs = Graphs(mesh)
+            graphs.watch()
+            self._groups = DeviceGroups(
+                devices, mesh, seat.rank, events, look, graphs=graphs
+            )
         self._agent = AgentLink(
             mesh,
             channel,
@@ -678,6 +687,13 @@ class Manager:
                         f"the job could not be repaired in {_TIMEOUT_S:.0f} s: {error}"
                     ) from error
                 self._enter(State.FENCED)
+            except torch.OutOfMemoryError as error:
+                # The script has not asked for it, and each repair would.
+                raise OutOfDeviceMemory(
+                    f"rank {self.rank} ran out of memory on its device while the job "
+                    f"was repaired in step {self.version}, not in the script: {error}; "
+                    "a step that leaves more of it free can be repaired"
+                ) from error
             except RuntimeError as error:
                 # This rank's device, or another's: then NCCL's part is cut short.
                 is_mended = self.has_device_proxy and self.is_doomed
@@ -708,7 +724,9 @@ class Manager:
         if failure is not None or self._agent.membership.epoch > self.mesh.epoch:
             self._failure = failure or self._failure
             self._enter(State.FENCED)
-            if self._device is not None and self._device.recover():
+            if self._device is None:
+                device_errors.look()  # nobody repairs it: this worker is replaced
+            elif self._device.recover():
                 self._count_loss()
                 self._protected().lose_device()
                 if self._groups is not None:

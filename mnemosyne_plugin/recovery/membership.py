@@ -5,6 +5,7 @@ period is over is evidence like any other (``GraceOver``).
 """
 
 from dataclasses import asdict, dataclass, fields, replace
+from enum import Enum
 from typing import Any, TypeVar
 
 from mnemosyne_plugin.errors import ConfigError
@@ -12,6 +13,11 @@ from mnemosyne_plugin.errors import ConfigError
 SETUP_RESTARTS = 3
 """Restarts after deaths by signal in set-up, unless --max-restarts says else.
 A machine may kill a worker that is out of memory once; three times is no accident."""
+
+_REPLACE = (
+    "a new worker could not use this device either; take it out of service, or its "
+    "node, and start the job again"
+)
 
 STILLBORN_LIMIT = 3
 """Workers of one agent that may die in a row before one of them is ready."""
@@ -62,6 +68,21 @@ def _member(value: Any) -> Member:
     return Member(**value)
 
 
+class Cure(str, Enum):
+    """What helps a rank whose device has failed; a string, so that it travels."""
+
+    NONE = ""
+    """It has not, or is as good as before."""
+    USER = "user"
+    """Out of memory: a new worker would be, too."""
+    PROCESS = "process"
+    """Every call fails from now on; a new process is as good as new."""
+    HARDWARE = "hardware"
+    """The same, and the hardware has told of a defect: it may be contained, once."""
+    DEVICE = "device"
+    """A new process cannot use this device either."""
+
+
 # Evidence: what agents saw. `attempt` counts whole-job restarts; evidence about
 # an attempt that is over is ignored.
 
@@ -89,6 +110,16 @@ class Exited:
     """The worker met an error that no new worker can mend."""
     is_state_lost: bool = False
     """The error was that nobody holds the job's state any more."""
+    step: int = -1
+    """That the worker was in."""
+    cure: str = Cure.NONE
+    device_error: str = ""
+    """Which device has failed, and how; "": none has."""
+
+    @property
+    def is_death(self) -> bool:
+        """Whether it was none of the script's doing, as far as one can tell."""
+        return self.exit_code < 0 or self.cure in (Cure.PROCESS, Cure.HARDWARE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,6 +287,10 @@ class Job:
     """Ranks seated in training that did not report their state as attached yet."""
     raised: frozenset[int] = frozenset()
     """Ranks that were recovered from an exception once."""
+    broken_in: frozenset[tuple[int, int]] = frozenset()
+    """Rank and step of each error after which a device was used by a new process."""
+    defective: frozenset[int] = frozenset()
+    """Ranks whose devices have told of a defect once."""
     recoveries: int = 0
     stillborn: tuple[int, ...] = ()
     finish: Finish | None = None
@@ -363,9 +398,19 @@ def _exited(job: Job, evidence: Exited) -> Verdict:
     if rank is None:
         return _unseated_exited(job, evidence)
     what = f"rank {rank} {_how(evidence.exit_code)}"
+    if evidence.device_error:
+        what += f" ({evidence.device_error})"
     job = replace(job, seats=_put(job.seats, rank, None))
     if evidence.is_state_lost and job.may_restart:
         return _restart(job, what, _restart_limit(job), rank, evidence)
+    if evidence.cure == Cure.USER and not evidence.fatal:
+        return _finish(job, 1, f"{what}: out of memory", rank, evidence)
+    if evidence.cure == Cure.DEVICE or (
+        evidence.cure == Cure.HARDWARE and rank in job.defective
+    ):
+        return _finish(job, 3, f"{what}: {_REPLACE}", rank, evidence)
+    if evidence.cure == Cure.HARDWARE:
+        job = replace(job, defective=job.defective | {rank})
     if evidence.fatal:
         return _finish(job, 3, f"{what}: no new worker can mend this", rank, evidence)
     if evidence.exit_code == 0:
@@ -393,7 +438,7 @@ def _lost_before_training(job: Job, what: str, rank: int, dead: Exited) -> Verdi
     # Where some ranks are protected, the others are about to be.
     in_setup = len(job.logged) < len(job.seats) or bool(job.protected)
     limit = job.max_restarts or 0
-    if in_setup and dead.exit_code < 0:
+    if in_setup and dead.is_death:
         limit = _restart_limit(job)
     if in_setup:
         return _restart(job, f"{what} in set-up", limit, rank, dead)
@@ -416,14 +461,20 @@ def _restart(job: Job, what: str, limit: int, rank: int, dead: Exited) -> Verdic
     reason = f"{what}; restart {attempt} of {limit}"
     fresh = replace(new_job(job.procs, job.max_restarts), epoch=job.epoch)
     return (
-        replace(fresh, attempt=attempt),
+        replace(fresh, attempt=attempt, defective=job.defective),
         (Restart(attempt=attempt, reason=reason),),
         reason,
     )
 
 
 def _lost_in_training(job: Job, what: str, rank: int, dead: Exited) -> Verdict:
-    if dead.exit_code > 0:
+    if dead.cure in (Cure.PROCESS, Cure.HARDWARE):
+        if (rank, dead.step) in job.broken_in:
+            again = f"{what} again in step {dead.step}; does a kernel break it there?"
+            return _finish(job, 1, again, rank, dead)
+        broken_in = job.broken_in | {(rank, dead.step)}
+        job = replace(job, broken_in=broken_in, cause=job.cause or dead)
+    elif dead.exit_code > 0:
         if rank in job.raised:
             return _finish(job, 1, f"{what} again after its recovery", rank, dead)
         raised = job.raised | {rank}
@@ -431,7 +482,7 @@ def _lost_in_training(job: Job, what: str, rank: int, dead: Exited) -> Verdict:
     if all(m is None or r in job.newcomers for r, m in enumerate(job.seats)):
         cause = job.cause or dead
         what = f"{what}; nobody is left who holds state"
-        if job.may_restart and cause.exit_code < 0:
+        if job.may_restart and cause.is_death:
             lost = replace(cause, is_state_lost=True)
             return _restart(job, what, _restart_limit(job), rank, lost)
         return _finish(job, 1 if cause.exit_code > 0 else 3, what, rank, cause)

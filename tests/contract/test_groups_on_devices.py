@@ -15,8 +15,13 @@ import torch
 import torch.distributed as dist
 from world import Worker, World
 
+from mnemosyne_plugin.ccl.graphs import Graphs
 from mnemosyne_plugin.ccl.mesh import create_device_group
-from mnemosyne_plugin.errors import MnemosyneError, RecoverableError
+from mnemosyne_plugin.errors import (
+    ConfigError,
+    MnemosyneError,
+    RecoverableError,
+)
 from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.recovery.control import ControlGroup
 from mnemosyne_plugin.recovery.device_groups import DeviceGroups
@@ -66,14 +71,20 @@ def begin(worker: Worker, folder: str) -> None:
         for name, ranks in RANKS.items()
         if worker.rank in ranks
     }
+    graphs = Graphs(
+        worker.mesh,
+        lambda: list(groups.values()),
+        lambda: Mark(worker.kept["is_done"]),
+    )
     manager = DeviceGroups(
         devices,
         worker.mesh,
         worker.rank,
         EventLog(folder, f"{worker.rank}"),
+        graphs=graphs,
         find=lambda: list(groups.values()),
     )
-    worker.kept = {"groups": groups, "manager": manager}
+    worker.kept = {"groups": groups, "manager": manager, "graphs": graphs}
 
 
 @contextmanager
@@ -363,3 +374,105 @@ def test_a_newcomer_makes_the_set_up_alone(world: World, tmp_path: Path) -> None
     world.run(set_up_alone, log, ranks=[0])
     assert world.run(settle) == ["settled"] * SIZE
     assert world.run(totals) == RIGHT
+
+
+class Graph:
+    """Stands in for torch.cuda.CUDAGraph, with the device done at once."""
+
+    num_launches = 0
+
+    def capture_begin(self) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        pass
+
+    def replay(self) -> None:
+        self.num_launches += 1
+
+
+def capture(worker: Worker, *names: str) -> None:
+    """Capture a graph with an operation of each of these groups of the rank."""
+    watched = type("Watched", (Graph,), {})
+    worker.kept["graphs"].watch(watched)
+    worker.kept["graph"] = graph = watched()
+    graph.capture_begin()
+    for name in worker.kept["groups"]:
+        if name in names:
+            total(worker, name)
+    graph.capture_end()
+
+
+class Mark:
+    """Stands in for an event behind a launch."""
+
+    def __init__(self, is_done: bool) -> None:
+        self.query = lambda: is_done
+
+
+def replay(worker: Worker, is_done: bool = True) -> str:
+    worker.kept["is_done"] = is_done
+    before = worker.kept["graph"].num_launches
+    try:
+        worker.kept["graph"].replay()
+    except MnemosyneError as error:
+        return type(error).__name__
+    return "launched" if worker.kept["graph"].num_launches > before else "skipped"
+
+
+def test_a_graph_dies_with_what_moves_its_groups(world: World, tmp_path: Path) -> None:
+    world.run(totals)
+    world.run(capture, "low", "high")
+    assert world.run(replay) == ["launched"] * SIZE
+    world.start(lose_a_member, total, "high", 100_000, ranks=[1, 2])
+    world.start(lose_a_member, total, "world", 100_000, ranks=[0])
+    world.kill(3)
+    world.results([0, 1, 2])
+    replace(world, tmp_path)
+    assert world.run(settle) == ["settled"] * SIZE
+    lost = "GraphLost"
+    assert world.run(replay, ranks=[0, 1, 2]) == ["launched", lost, lost]
+    world.run(capture, "high", ranks=[1, 2, 3])
+    assert world.run(replay, ranks=[1, 2, 3]) == ["launched"] * 3
+    world.seat()  # rank 0 has launched what rank 1 has not
+    assert world.run(settle) == ["settled"] * SIZE
+    assert world.run(replay) == [lost] + ["launched"] * 3
+
+
+def fail_behind_a_launch(worker: Worker) -> list[str]:
+    """Have a failure come while the device is at a graph, in a step."""
+    seen = [replay(worker, is_done=False)]
+    worker.mesh.absorb(True)
+    worker.mesh.fence("of a test")
+    worker.kept["manager"].release()
+    seen.append(replay(worker))
+    worker.mesh.absorb(False)
+    seen.append(replay(worker))
+    return seen
+
+
+def test_a_graph_that_is_under_way_is_ended_and_none_is_launched_behind_a_failure(
+    world: World,
+) -> None:
+    world.run(totals)
+    world.run(capture, "low", ranks=[0, 1])
+    assert (
+        world.run(fail_behind_a_launch, ranks=[0, 1])
+        == [["launched", "skipped", "StaleEpoch"]] * 2
+    )
+    world.seat()
+    assert world.run(settle) == ["settled"] * SIZE
+    assert world.run(replay, ranks=[0, 1]) == ["GraphLost"] * 2
+    assert world.run(totals) == RIGHT
+
+
+def capture_in_set_up(worker: Worker) -> None:
+    worker.mesh.start_recording()
+    with pytest.raises(ConfigError, match="in front of the first step"):
+        capture(worker, "low")
+    worker.kept["graph"].capture_end()
+    worker.mesh.stop_recording()
+
+
+def test_a_graph_of_a_set_up_is_refused(world: World) -> None:
+    world.run(capture_in_set_up, ranks=[0])

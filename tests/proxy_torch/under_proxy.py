@@ -37,14 +37,18 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def launch(
-    program: str, *args: str, launcher: Sequence[str], **variables: str
+    program: str,
+    *args: str,
+    launcher: Sequence[str],
+    exit_code: int = 0,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of this folder by `mnemosyne run --device-proxy`."""
     # The extension in the tree serves torch's CUDA build of the same version as well.
     command = [PYTHON, "-m", "mnemosyne_plugin.cli", "run", "--device-proxy", *launcher]
     everything = environment(**variables)
     del everything["LD_PRELOAD"]  # the launcher's business
-    return _finish([*command, str(HERE / program), *args], everything)
+    return _finish([*command, str(HERE / program), *args], everything, exit_code)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,9 @@ class Job:
     """How many groups each rank has used on in each repair."""
     received: Sequence[tuple[int, int]]
     """The bytes that each newcomer got of replicas, and those straight from devices."""
+    broken: Sequence[tuple[int, str]]
+    """Ranks whose device has cost them a worker, and what would help."""
+    output: str
 
 
 def train(
@@ -72,9 +79,10 @@ def train(
     preload: str = "torch",
     num_ranks: int = 2,
     chaos: Sequence[str] = (),
+    exit_code: int = 0,
     **variables: str,
 ) -> Job:
-    """Run a training program of this folder to its good end."""
+    """Run a training program of this folder to its end, with this exit code."""
     _make_entry_point()
     run_dir = folder / "run"
     launcher = [
@@ -86,7 +94,9 @@ def train(
     if device_timeout_s is not None:
         launcher.append(f"--device-timeout={device_timeout_s}")
     log = f"--log={folder / 'log'}"
-    launch(program, *args, log, launcher=launcher, **variables)
+    done = launch(
+        *(program, *args, log), launcher=launcher, exit_code=exit_code, **variables
+    )
     events = read_events(run_dir)
     recovered = [e.fields["rank"] for e in events if e.name == "device_recovered"]
     groups = [e.fields for e in events if e.name == "groups"]
@@ -104,6 +114,12 @@ def train(
             for e in events
             if e.name == "state_received"
         ],
+        broken=[
+            (e.fields["rank"], e.fields["cure"])
+            for e in events
+            if e.name == "device_failed"
+        ],
+        output=done.stdout + done.stderr,
     )
 
 
@@ -129,12 +145,12 @@ def run(
 
 
 def _finish(
-    command: Sequence[str], variables: dict[str, str] | None
+    command: Sequence[str], variables: dict[str, str] | None, exit_code: int = 0
 ) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         command, env=variables, capture_output=True, text=True, timeout=900
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.returncode == exit_code, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
 

@@ -25,6 +25,7 @@ class Mesh:
 class Manager:
     def __init__(self, *, channel: Any, seat: Any, **_: Any) -> None:
         self.rank = seat.rank
+        self.version = 0
         self.is_newcomer = seat.setup_log is not None
         self.epoch = seat.membership.epoch
         self.channel = channel

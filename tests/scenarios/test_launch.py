@@ -375,6 +375,33 @@ manager.wait_for_epoch(9)
     job.check_nothing_is_left()
 
 
+@pytest.mark.parametrize(
+    ("error", "reason", "exit_code"),
+    [
+        ("OutOfMemoryError('CUDA out of memory')", "2: out of memory", 1),
+        ("AcceleratorError('No CUDA GPUs are available')", "100: no CUDA", 3),
+    ],
+)
+def test_some_errors_of_devices_no_new_worker_is_tried_for(
+    launch: Launch, error: str, reason: str, exit_code: int
+) -> None:
+    source = f"""{TRAIN}
+if manager.rank == 1:
+    import torch
+    manager.version = 7
+    raise torch.{error}
+manager.wait_for_epoch(9)
+"""
+    job = launch(source, num_standbys=1)
+    assert job.wait() == [exit_code], job.output()
+    assert f"GPU of local rank 1: CUDA error {reason}" in job.output()
+    assert job.output().count("Traceback") == 1
+    (told,) = job.events("device_failed")
+    assert (told.fields["rank"], told.fields["step"]) == (1, 7)
+    assert len(job.events("membership")) == 1
+    job.check_nothing_is_left()
+
+
 def test_standbys_start_with_the_modules_that_the_script_imports(
     launch: Launch,
 ) -> None:

@@ -60,6 +60,11 @@ def test_each_option_sets_its_choice() -> None:
             "--async-strategy nvrx yet; add --async-strategy mcore",
         ),
         ("--mnemosyne", {"iterations_to_skip": [3]}, "--iterations-to-skip"),
+        (
+            "--mnemosyne",
+            {"cuda_graph_impl": "local", "cuda_graph_scope": ["full_iteration"]},
+            "of a full_iteration",
+        ),
     ],
 )
 def test_what_cannot_take_effect_is_refused(

@@ -12,6 +12,7 @@ from mnemosyne_plugin.recovery.membership import (
     SETUP_RESTARTS,
     STILLBORN_LIMIT,
     AgentLost,
+    Cure,
     Decision,
     DeviceLost,
     Done,
@@ -65,6 +66,8 @@ class World:
         exit_code: int = KILLED,
         fatal: bool = False,
         is_state_lost: bool = False,
+        step: int = -1,
+        cure: Cure = Cure.NONE,
     ) -> tuple[Decision, ...]:
         member = self.job.seats[rank]
         assert member is not None
@@ -76,6 +79,9 @@ class World:
                 exit_code=exit_code,
                 fatal=fatal,
                 is_state_lost=is_state_lost,
+                step=step,
+                cure=cure,
+                device_error="GPU 1 has failed, on node h" if cure else "",
             )
         )
 
@@ -271,6 +277,69 @@ def test_an_exception_is_recovered_once() -> None:
     assert world.exit(0, RAISED) == ()  # another rank has its own chance
     world.ready()
     assert end(world.exit(1, RAISED)) == 1
+
+
+# --- errors of devices ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cure", [Cure.PROCESS, Cure.HARDWARE])
+def test_a_broken_device_costs_a_worker_and_is_no_exception(cure: Cure) -> None:
+    world = training(2)
+    assert world.exit(1, RAISED, cure=cure, step=4) == ()
+    assert ids(world.ready()) == [1, 3]
+    assert world.exit(1, RAISED) == ()  # the script has its own chance
+
+
+def test_a_device_that_breaks_again_in_the_same_step_ends_the_job() -> None:
+    world = training(2)
+    for step in (4, 5, 6):
+        assert world.exit(1, RAISED, cure=Cure.PROCESS, step=step) == ()
+        world.ready()
+        world.see(Protected(attempt=0, rank=1))
+    assert end(world.exit(1, RAISED, cure=Cure.PROCESS, step=6)) == 1
+    assert world.job.finish is not None
+    assert "GPU 1 has failed, on node h" in world.job.finish.reason
+
+
+def test_a_device_that_breaks_in_set_up_restarts_the_job_like_a_kill() -> None:
+    world = World(2)
+    for _ in range(SETUP_RESTARTS):
+        world.fill()
+        assert isinstance(world.exit(1, RAISED, cure=Cure.PROCESS)[0], Restart)
+    world.fill()
+    assert end(world.exit(1, RAISED, cure=Cure.PROCESS)) == 1
+
+
+def test_a_second_defect_of_the_same_device_ends_the_job() -> None:
+    world = training(3)
+    assert world.exit(1, RAISED, cure=Cure.HARDWARE, step=4) == ()
+    world.ready()
+    assert world.exit(0, RAISED, cure=Cure.HARDWARE, step=4) == ()
+    world.ready()
+    assert end(world.exit(1, RAISED, cure=Cure.HARDWARE, step=9)) == 3
+
+
+def test_a_device_that_no_process_can_use_ends_the_job_at_once() -> None:
+    for world in (training(2), World(2, max_restarts=3)):
+        world.fill()
+        assert end(world.exit(1, RAISED, cure=Cure.DEVICE)) == 3
+
+
+def test_out_of_memory_is_never_recovered() -> None:
+    for world in (training(2), World(2, max_restarts=3)):
+        world.fill()
+        assert end(world.exit(1, RAISED, cure=Cure.USER)) == 1
+
+
+def test_a_device_that_breaks_on_all_ranks_is_lost_state() -> None:
+    world = World(2)
+    world.fill()
+    world.protect(may_restart=True)
+    world.exit(0, RAISED, cure=Cure.PROCESS, step=4)
+    assert isinstance(world.exit(1, RAISED)[0], Restart)
+
+
+# --- the end ----------------------------------------------------------------------
 
 
 def test_an_error_that_no_worker_can_mend_ends_the_job() -> None:
