@@ -44,6 +44,16 @@ void checkAlike(const char* what, const Tensors& tensors) {
     checkSameShape(what, tensors[0], tensor);
 }
 
+// torch has a name of its own for this since 2.12.
+template <typename Type>
+constexpr Type reduceScatterCoalesced() {
+  if constexpr (requires { Type::REDUCE_SCATTER_TENSOR_COALESCED; }) {
+    return Type::REDUCE_SCATTER_TENSOR_COALESCED;
+  } else {
+    return Type::COALESCED;
+  }
+}
+
 }  // namespace
 
 // Of several tensors one is sent or received, the others get copies of it.
@@ -386,7 +396,7 @@ MnemosyneBackend::WorkPtr MnemosyneBackend::reduce_scatter_tensor_coalesced(
     return join(std::move(works));
   }
   auto work =
-      make(Kind::kReduceScatter, OpType::REDUCE_SCATTER_TENSOR_COALESCED,
+      make(Kind::kReduceScatter, reduceScatterCoalesced<OpType>(),
            "mnemosyne:reduce_scatter_tensor_coalesced", inputs, opts.timeout);
   setReduction(work.get(), what, outputs[0], opts.reduceOp);
   work->agreed = agreedOn(inputs[0], totalBytes(inputs));
