@@ -126,6 +126,7 @@ def elementwise(dtype: torch.dtype) -> Iterator[tuple[str, Operation, list[Tenso
     yield "sqrt", torch.sqrt, [positive]
     yield "rsqrt", torch.rsqrt, [positive]
     yield "reciprocal", torch.reciprocal, [positive]
+    yield "ceil", torch.ceil, [a]
     yield "sin", torch.sin, [a]
     yield "cos", torch.cos, [a]
     yield "pow 2", lambda x: x**2, [a]
@@ -187,6 +188,9 @@ def others(dtype: torch.dtype) -> Iterator[tuple[str, Operation, list[Tensor]]]:
     yield "adamw over lists", adamw_over_lists, [a, b]
     yield "by indices", lambda x, n: x[n[:40], n[40:80]], [a, tokens % 40]
     yield "to indices", in_place(put_by_indices), [a, b[0, :3]]
+    yield "scatter", in_place(scatter), [tokens, tokens]
+    if dtype is torch.float32:
+        yield "index_select", with_gradients(select), [a, tokens % 40]
     yield "clip_grad_norm", clip, [a, b, weight]
 
 
@@ -201,6 +205,12 @@ def integers() -> Iterator[tuple[str, Operation, list[Tensor]]]:
     yield "pow by tensor", lambda x: x.float() ** (x > 9).float(), [a]
     yield "max with places", lambda x: tuple((x * (x < 45)).float().max(1)), [a]
     yield "min with places", lambda x: tuple((x * (x < 45)).float().min(0)), [a]
+    yield "place of max", lambda x: (x * (x < 45)).float().argmax(1), [a]
+    yield "max integers", torch.max, [a]
+    yield "sums so far", lambda x: x.cumsum(0), [a]
+    yield "one hot", lambda x: F.one_hot(x[0], num_classes=10), [a]
+    yield "top", lambda x: torch.topk(x.float(), 5, dim=0), [a * 37 % 71]
+    yield "least", lambda x: torch.topk(x.float(), 3, largest=False), [a * 37 % 71]
     yield "add integers", lambda x: x + x.t().reshape(7, 10), [a]
     yield "mul integers", lambda x: x * 3, [a]
     yield "sum integers", torch.sum, [a]
@@ -222,6 +232,16 @@ def doubles() -> Iterator[tuple[str, Operation, list[Tensor]]]:
     yield "norm doubles", torch.linalg.vector_norm, [a]
     yield "pow 2 doubles", lambda x: x**2, [a]
     yield "pow 1.5 doubles", lambda x: (x**2) ** 1.5, [a]
+
+
+def scatter(to: Tensor, places: Tensor) -> None:
+    """Put numbers at places along a dimension."""
+    to.scatter_(0, places[:50], torch.arange(50, device=to.device))
+
+
+def select(rows: Tensor, places: Tensor) -> Tensor:
+    """Return rows, some of them more than once."""
+    return rows.index_select(0, places)
 
 
 def distance(got: Tensor, want: Tensor) -> float:

@@ -69,13 +69,33 @@ def test_workers_that_die_are_replaced_over_nccl(
     assert sorted(rank for rank, _ in job.pids) == [0, 0, 1, 1]
 
 
+# As on a GPU: our groups, and NCCL below them.
+@pytest.mark.parametrize(
+    "program, options",
+    [
+        ("train_deepspeed.py", ["--plain", "--stage=3"]),
+        ("train_deepspeed.py", ["--plain", "--experts"]),
+        ("train_pipeline.py", []),
+        ("train_pipeline.py", ["--stage=1", "--dtype=bf16"]),
+    ],
+    ids=["zero3", "experts", "pipeline", "pipeline-zero1-bf16"],
+)
 def test_without_the_proxys_recovery_workers_that_die_are_replaced_too(
-    tmp_path: Path,
+    tmp_path: Path, program: str, options: list[str]
 ) -> None:
-    # As on a GPU: our groups, and NCCL below them.
-    plain = {"MNEMOSYNE_DEVICE_GROUPS": "nccl"}
-    options = ("--stage=3", "--plain")
-    undisturbed = train_deepspeed(tmp_path / "undisturbed", *options, **plain)
-    job = train_deepspeed(tmp_path / "killed", *options, chaos=KILLS, **plain)
-    assert job.lines == undisturbed.lines
-    assert sorted(rank for rank, _ in job.pids) == [0, 0, 1, 1]
+    def job(name: str, *chaos: str) -> Job:
+        return train(
+            program,
+            tmp_path / name,
+            *options,
+            device_timeout_s=None,
+            preload="deepspeed",
+            chaos=chaos,
+            MNEMOSYNE_DEVICE_GROUPS="nccl",
+        )
+
+    undisturbed, killed = job("undisturbed"), job("killed", *KILLS)
+    assert killed.lines == undisturbed.lines
+    assert len(killed.lines) == 2 * NUM_STEPS + 2
+    assert sorted(rank for rank, _ in killed.pids) == [0, 0, 1, 1]
+    assert len(killed.groups) <= 4  # each worker has had the same ones all the time

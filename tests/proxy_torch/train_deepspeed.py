@@ -9,13 +9,14 @@ log gets a line for each step and rank, and a hash of all that training has chan
 import argparse
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import deepspeed
 import gpt
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
 from killing import Killing
 from torch import Tensor, nn
 
@@ -24,12 +25,30 @@ PROXY = {"enabled": True, "timeout_s": 2}
 torch._tensor_str._str = lambda *_, **__: "a tensor"
 
 
-class Model(nn.Module):
-    """The GPT, behind a layer that nothing trains, from tokens in host memory."""
+class Experts(nn.Module):
+    """Four experts, two on each of two ranks; tokens choose theirs."""
 
     def __init__(self) -> None:
         super().__init__()
+        expert = nn.Sequential(nn.Linear(gpt.WIDTH, gpt.WIDTH), nn.GELU())
+        self.moe = MoE(gpt.WIDTH, expert, 4, ep_size=2)
+        self.balance = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [batch, length, width] to the same."""
+        output, self.balance, _ = self.moe(x)
+        return x + output
+
+
+class Model(nn.Module):
+    """The GPT, behind a layer that nothing trains, from tokens in host memory."""
+
+    def __init__(self, has_experts: bool) -> None:
+        super().__init__()
         self.gpt = gpt.GPT(2, 0.1)
+        self.experts = Experts() if has_experts else None
+        if self.experts is not None:
+            self.gpt.blocks.append(self.experts)
         self.gpt.tokens.weight.requires_grad_(False)
         self.register_buffer("num_calls", torch.zeros(()))
 
@@ -37,6 +56,8 @@ class Model(nn.Module):
         """Return the loss, there and in host memory."""
         there = batch.cuda(non_blocking=True)
         loss = self.gpt(there[:, :-1].contiguous(), there[:, 1:].contiguous())
+        if self.experts is not None:
+            loss = loss + 0.1 * self.experts.balance
         self.num_calls += 1
         return loss, loss.detach().cpu()
 
@@ -62,7 +83,7 @@ def config(options: argparse.Namespace) -> dict[str, Any]:
 def state(engine: Any) -> Iterator[Tensor]:
     """Yield all that training has changed."""
     yield from engine.module.parameters()
-    yield engine.module.num_calls
+    yield from engine.module.buffers()
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for parameter, values in optimizer.state.items():
         yield parameter
@@ -74,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stage", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="do not ask for the proxy")
+    parser.add_argument("--experts", action="store_true")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--log", default=os.devnull)
@@ -88,7 +110,7 @@ def main() -> None:
     deepspeed.init_distributed()
     rank = dist.get_rank()
     torch.manual_seed(1)
-    model = Model()
+    model = Model(options.experts)
     optimizer = torch.optim.AdamW(model.gpt.parameters(), lr=1e-3, fused=True)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -121,11 +143,16 @@ def main() -> None:
             losses.append(float(copy).hex())
         assert is_lost_or(loss, float(copy))
         log(step, rank, *losses, engine.global_steps, engine.get_lr()[0].hex())
+    log("digest", rank, hash_of(state(engine)))
+
+
+def hash_of(tensors: Iterable[Tensor]) -> str:
+    """Hash their values."""
     hashed = hashlib.sha256()
-    for tensor in state(engine):
+    for tensor in tensors:
         flat = tensor.detach().cpu().reshape(-1)
         hashed.update(flat.view(torch.uint8).numpy().tobytes())
-    log("digest", rank, hashed.hexdigest())
+    return hashed.hexdigest()
 
 
 def is_lost_or(loss: Tensor, value: float) -> bool:

@@ -139,6 +139,7 @@ void addArithmetic(RegisterKernel* add_to) {
   addFor<int32_t>(add_to);
   addFor<int64_t>(add_to);
   addFor<double>(add_to);
+  addBinary<int64_t, Minimum<int64_t>>(add_to, "19minimum_kernel_cuda");
   addBinary<double, Divide<double>>(add_to, "10DivFunctor");
   for (const char* name :
        {"10MulFunctor", "17BitwiseAndFunctor", "23logical_and_kernel_cuda"}) {

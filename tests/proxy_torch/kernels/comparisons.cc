@@ -124,6 +124,7 @@ void addFor(RegisterKernel* add_to) {
 }  // namespace
 
 void addComparisons(RegisterKernel* add_to) {
+  addFor<int32_t>(add_to);
   addFor<int64_t>(add_to);
   addFor<double>(add_to);
   addElementwise<Not<bool>>(add_to, lambda<bool>("23logical_not_kernel_cuda"));

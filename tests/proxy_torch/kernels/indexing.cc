@@ -59,6 +59,64 @@ void byIndices(const Launch& launch, int64_t count, const ByIndices& by) {
   });
 }
 
+// The captures of _cuda_scatter_fill_internal_kernel's lambda.
+struct Fill {
+  Offsets<2> offsets;
+  const char* indices;
+  int64_t size;
+  char nothing;
+  char* to;
+  int64_t stride, num_elements, value;
+};
+
+// The same number to where indices along one dimension say.
+void fillByIndices(const Launch& launch, int count, const Fill& by) {
+  by.offsets.forEach(count, [&](const auto& offsets) {
+    int64_t index = 0;
+    std::memcpy(&index, by.indices + offsets[1], sizeof index);
+    if (index < 0 || index >= by.size) return launch.fail(proxy::kCudaAssert);
+    std::memcpy(by.to + offsets[0] + index * by.stride * sizeof by.value,
+                &by.value, sizeof by.value);
+  });
+}
+
+// The captures of _cuda_scatter_gather_internal_kernel's lambda.
+struct Scatter {
+  Offsets<3> offsets;
+  const char* indices;
+  int64_t size;
+  char nothing;
+  char* to;
+  int64_t stride, num_elements;
+  const char* from;
+};
+
+// Numbers to where indices along one dimension say.
+void scatter(const Launch& launch, int count, const Scatter& by) {
+  by.offsets.forEach(count, [&](const auto& offsets) {
+    int64_t index = 0;
+    std::memcpy(&index, by.indices + offsets[2], sizeof index);
+    if (index < 0 || index >= by.size) return launch.fail(proxy::kCudaAssert);
+    std::memcpy(by.to + offsets[0] + index * by.stride * sizeof(int64_t),
+                by.from + offsets[1], sizeof(int64_t));
+  });
+}
+
+// indexFuncLargeIndex: adds slices to those that the indices name.
+template <typename T, bool is_index_major>
+void addSlices(const Launch&, const TensorInfo<T, uint32_t>& to,
+               const TensorInfo<const T, uint32_t>& from,
+               const TensorInfo<const int64_t, uint32_t>& indices, int to_dim,
+               int from_dim, uint32_t count, uint32_t inner, int64_t, int64_t,
+               const void*, T factor) {
+  for (uint32_t i = 0; i < count; ++i) {
+    const uint32_t index = is_index_major ? i / inner : i % inner;
+    const uint32_t place = is_index_major ? i % inner : i / inner;
+    T& sum = (&to.at(place))[indices.at(index) * to.strides[to_dim]];
+    sum += (&from.at(place))[index * from.strides[from_dim]] * factor;
+  }
+}
+
 template <typename T>
 void addByIndices(RegisterKernel* add_to) {
   const auto add = [&](const std::string& in, auto* kernel) {
@@ -122,6 +180,19 @@ void addTriangles(RegisterKernel* add_to) {
 
 void addIndexing(RegisterKernel* add_to) {
   add_to("_ZN2at6native24vectorized_gather_kernelILi*ElE*", onHost<gather>);
+  add_to(
+      "_ZN2at6native34_scatter_gather_elementwise_kernelILi*"
+      "34_cuda_scatter_fill_internal_kernel*OpaqueTypeILi8E*TensorAssign*",
+      onHost<fillByIndices>);
+  add_to(
+      "_ZN2at6native34_scatter_gather_elementwise_kernelILi*"
+      "36_cuda_scatter_gather_internal_kernelILb1E*OpaqueTypeILi8EEEl*"
+      "TensorAssign*",
+      onHost<scatter>);
+  add_to("_ZN2at6native19indexFuncLargeIndexIfljLi*ELb1E*9ReduceAdd*",
+         onHost<addSlices<float, true>>);
+  add_to("_ZN2at6native19indexFuncLargeIndexIfljLi*ELb0E*9ReduceAdd*",
+         onHost<addSlices<float, false>>);
   addByIndices<uint8_t>(add_to);
   addByIndices<uint16_t>(add_to);
   addByIndices<uint32_t>(add_to);

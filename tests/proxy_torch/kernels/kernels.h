@@ -19,6 +19,7 @@ void addLoss(RegisterKernel* add_to);
 void addRandom(RegisterKernel* add_to);
 void addReductions(RegisterKernel* add_to);
 void addSoftmax(RegisterKernel* add_to);
+void addSorting(RegisterKernel* add_to);
 void addUnary(RegisterKernel* add_to);
 
 }  // namespace mnemosyne::torch_kernels

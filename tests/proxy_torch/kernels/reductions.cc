@@ -159,6 +159,23 @@ void reduceToPlaces(const Launch& launch, const Reduction<Operation>& by) {
   });
 }
 
+template <typename In, typename Operation>
+void reduceToIndices(const Launch& launch, const Reduction<Operation>& by) {
+  if (by.accumulates || !by.is_final || by.base_index != 0) {
+    return launch.fail(proxy::kCudaNotSupported);
+  }
+  by.outputs.forEach(by.config.num_outputs, [&](const auto& output) {
+    auto most = by.identity;
+    int64_t index = 0;
+    by.inputs.forEach(by.config.num_inputs, [&](const auto& input) {
+      most = by.operation.reduce(
+          most, *reinterpret_cast<const In*>(by.from + output[1] + input[0]),
+          index++);
+    });
+    *reinterpret_cast<int64_t*>(by.to[0] + output[0]) = most.index;
+  });
+}
+
 template <typename In, typename Out, typename Operation>
 void add(RegisterKernel* add_to, const std::string& operation) {
   // A half is named once, and then by what stands for it.
@@ -168,6 +185,21 @@ void add(RegisterKernel* add_to, const std::string& operation) {
           std::string(mangled<In>()) + "*" + operation + "*Ej" + out + "Li*")
              .c_str(),
          onHost<reduce<In, Out, Operation>>);
+}
+
+// Sums of all elements up to each one, over a dimension that is not the last.
+void sumUpTo(const Launch&, int64_t* to, const int64_t* from,
+             uint32_t num_outer, uint32_t num_inner, uint32_t size,
+             int64_t first, char) {
+  for (uint32_t outer = 0; outer < num_outer; ++outer) {
+    for (uint32_t inner = 0; inner < num_inner; ++inner) {
+      int64_t sum = first;
+      for (uint32_t i = 0; i < size; ++i) {
+        const size_t place = (size_t{outer} * size + i) * num_inner + inner;
+        to[place] = sum += from[place];
+      }
+    }
+  }
 }
 
 template <typename In, typename Out>
@@ -196,6 +228,11 @@ void addReductions(RegisterKernel* add_to) {
          onHost<reduceToPlaces<float, PlaceOfExtreme<true>>>);
   add_to((reduction + "NS0_6MinOpsIfEEjf*").c_str(),
          onHost<reduceToPlaces<float, PlaceOfExtreme<false>>>);
+  add_to((reduction + "NS0_9ArgMaxOpsIfEEjl*").c_str(),
+         onHost<reduceToIndices<float, PlaceOfExtreme<true>>>);
+  add<int64_t, int64_t, Extreme<int64_t, true>>(add_to, "MaxNanFunctor");
+  add_to("_ZN2at6native28tensor_kernel_scan_outer_dimIljSt4plusIlEEE*",
+         onHost<sumUpTo>);
   add<int64_t, int64_t, SumOfIntegers>(add_to, "11sum_functor");
   add<bool, bool, All>(add_to, "15and_kernel_cuda");
   add<bool, bool, Any>(add_to, "14or_kernel_cuda");

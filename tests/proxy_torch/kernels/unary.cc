@@ -22,6 +22,7 @@ struct Backward {
   }
 };
 
+float roundUp(float x) { return std::ceil(x); }
 float negate(float x) { return -x; }
 float absolute(float x) { return std::abs(x); }
 float reciprocal(float x) { return 1 / x; }
@@ -128,6 +129,7 @@ void addFor(RegisterKernel* add_to) {
     addElementwise<Backward<T, function>>(add_to, lambda<T, T>(in));
   };
   unary.template operator()<negate>("15neg_kernel_cuda");
+  unary.template operator()<roundUp>("16ceil_kernel_cuda");
   unary.template operator()<reciprocal>("22reciprocal_kernel_cuda");
   unary.template operator()<exponential>("15exp_kernel_cuda");
   unary.template operator()<logarithm>("15log_kernel_cuda");
