@@ -1,11 +1,16 @@
-"""The examples as jobs of two kinds: under Mnemosyne, and plain under torchrun."""
+"""Jobs of two kinds: under Mnemosyne, and plain under torchrun.
 
+On the CPU they are the examples; on GPUs, train_on_gpus.py.
+"""
+
+import argparse
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,13 +25,15 @@ CONFIGS = ROOT / "configs"
 NUM_RANKS = 4
 MEGATRON_RANKS = 8
 SETTINGS = {
-    "DS_ACCELERATOR": "cpu",
     # Four ranks share few cores: more threads would only make both kinds slower.
     "OMP_NUM_THREADS": "1",
     # Else torchrun 2.13 lends its rendezvous store to the workers, and a restarted
     # gloo job dials the addresses that the dead attempt had left there.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
+ON_CPU = {"DS_ACCELERATOR": "cpu"}
+# Without the device proxy our groups move the tensors of devices where they are told.
+ON_GPUS = {"DS_ACCELERATOR": "cuda", "MNEMOSYNE_DEVICE_GROUPS": "nccl"}
 DEADLINE_S = 600
 POLL_S = 0.005
 
@@ -43,7 +50,9 @@ class Line:
 class Job:
     """A running job that writes a time stamp per finished step and rank."""
 
-    def __init__(self, folder: Path, command: list[str]) -> None:
+    def __init__(
+        self, folder: Path, command: list[str], variables: Mapping[str, str] = ON_CPU
+    ) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
         self._output = (folder / "output.txt").open("wb")
@@ -52,7 +61,7 @@ class Job:
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **SETTINGS},
+            env={**os.environ, **SETTINGS, **variables},
         )
         self._deadline = time.monotonic() + DEADLINE_S
 
@@ -138,6 +147,51 @@ def megatron(
     command += ["--standalone", f"--nproc-per-node={MEGATRON_RANKS}", str(script)]
     command += ["--tensor=2", "--pipeline=2", f"--data={corpus}", *options]
     return Job(folder, command + _log_args(folder, steps))
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let the user choose GPUs, and what is trained there."""
+    gpus = parser.add_argument_group("on GPUs")
+    gpus.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    gpus.add_argument("--ranks", type=int, default=2, help="more than GPUs share them")
+    gpus.add_argument("--device-proxy", action="store_true", help="ours under it")
+    gpus.add_argument(
+        "script_args", nargs="*", metavar="-- ARG", help="of train_on_gpus.py"
+    )
+
+
+def on_gpus(
+    folder: Path,
+    steps: int,
+    args: argparse.Namespace,
+    *options: str,
+    max_restarts: int | None,
+) -> Job:
+    """Start the workload on GPUs.
+
+    max_restarts: under torchrun, which may restart so often; None: `mnemosyne run`.
+    """
+    command = [sys.executable, "-m"]
+    variables = dict(ON_GPUS)
+    if max_restarts is None:
+        command += ["mnemosyne_plugin.cli", "run", "--standby=1", f"--run-dir={folder}"]
+        options = ("--protected", *options)
+        if args.device_proxy:
+            command.append("--device-proxy")
+            del variables["MNEMOSYNE_DEVICE_GROUPS"]
+    else:
+        command += ["torch.distributed.run", f"--max-restarts={max_restarts}"]
+    command += ["--standalone", f"--nproc-per-node={args.ranks}"]
+    command += [str(Path(__file__).with_name("train_on_gpus.py")), *options]
+    command += args.script_args
+    return Job(folder, command + _log_args(folder, steps), variables)
+
+
+def has_warm_standby(job: Job, num_used: int) -> bool:
+    """Whether there is another standby that has imported what workers use."""
+    names = [event.name for event in read_events(job.folder)]
+    since = names.index("protected") if "protected" in names else len(names)
+    return names[since:].count("worker_ready") > num_used
 
 
 def _log_args(folder: Path, steps: int) -> list[str]:

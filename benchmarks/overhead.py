@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from jobs import plain, protected, step_ms
+from jobs import Job, add_device_arguments, on_gpus, plain, protected, step_ms
 
 WARM_UP_STEPS = 40
 """Meanwhile the standby imports what the workers use, which takes a core."""
@@ -26,10 +26,9 @@ def main() -> None:
     pairs = []
     with tempfile.TemporaryDirectory(prefix="mnemosyne-bench-") as name:
         for pair in range(args.pairs):
-            theirs = plain(Path(name, f"plain-{pair}"), args.steps)
-            without = step_ms(theirs, WARM_UP_STEPS)
-            ours = protected(Path(name, f"mnemosyne-{pair}"), args.steps)
-            with_us = step_ms(ours, WARM_UP_STEPS)
+            places = Path(name, f"plain-{pair}"), Path(name, f"mnemosyne-{pair}")
+            without = step_ms(start(places[0], args, False), WARM_UP_STEPS)
+            with_us = step_ms(start(places[1], args, True), WARM_UP_STEPS)
             pairs.append((without, with_us))
             ratio = with_us / without
             print(f"| {pair + 1} | {without:.1f} | {with_us:.1f} | {ratio:.3f} |")
@@ -40,10 +39,20 @@ def main() -> None:
     print(f"| median | {without:.1f} | {with_us:.1f} | {ratio:.3f} |")
 
 
+def start(place: Path, args: argparse.Namespace, is_protected: bool) -> Job:
+    """Start one of both jobs."""
+    if args.device == "cuda":
+        return on_gpus(
+            place, args.steps, args, max_restarts=None if is_protected else 0
+        )
+    return (protected if is_protected else plain)(place, args.steps)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=140)
+    add_device_arguments(parser)
     return parser.parse_args()
 
 

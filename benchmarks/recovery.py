@@ -23,7 +23,10 @@ from jobs import (
     NUM_RANKS,
     ROOT,
     Job,
+    add_device_arguments,
+    has_warm_standby,
     megatron,
+    on_gpus,
     plain,
     plain_pid,
     protected,
@@ -32,48 +35,67 @@ from jobs import (
 )
 
 SAVE_EVERY = 5
-# By then the standby has imported what the workers use. 11 is one more than two
-# checkpoints, so that five kills have all distances to the last one.
-FIRST_STEP, STEPS_BETWEEN = 48, 11
+# One more than two checkpoints, so that five kills have all distances to the last one.
+STEPS_BETWEEN = 11
 
 
 def main() -> None:
     args = parse_args()
     if args.kills < 1:
         sys.exit("recovery.py: error: --kills must be at least 1")
-    kills, steps = args.kills, FIRST_STEP + args.kills * STEPS_BETWEEN
-    is_megatron = args.engine == "megatron"
-    num_ranks = MEGATRON_RANKS if is_megatron else NUM_RANKS
+    if args.device == "cuda" and args.engine != "deepspeed":
+        sys.exit("recovery.py: error: on GPUs there is --engine deepspeed only")
+    steps = args.first_step + args.kills * STEPS_BETWEEN
     with tempfile.TemporaryDirectory(prefix="mnemosyne-bench-") as name:
-        folder = Path(name)
-        corpus, places = folder / "corpus", (folder / "mnemosyne", folder / "torchrun")
-        checkpoints = f"--checkpoint-dir={folder / 'checkpoints'}"
-        options = (checkpoints, f"--save-every={SAVE_EVERY}")
-        if is_megatron:
-            prepare = ROOT / "examples" / "megatron_gpt" / "prepare.py"
-            subprocess.run([BIN / "python", prepare, "--output", corpus], check=True)
-            job = megatron(places[0], steps, corpus, max_restarts=None)
-        else:
-            job = protected(places[0], steps)
-        ours = measure(job, protected_pid, kills, num_ranks)
-        subprocess.run([BIN / "mnemosyne", "report", job.folder], check=True)
-        if is_megatron:
-            job = megatron(places[1], steps, corpus, *options, max_restarts=kills)
-        else:
-            job = plain(places[1], steps, *options, max_restarts=kills)
-        theirs = measure(job, plain_pid, kills, num_ranks)
+        start = starter(args, Path(name), steps)
+        job = start(True)
+        ours = measure(job, args, protected_pid)
+        report = [sys.executable, "-m", "mnemosyne_plugin.cli", "report", job.folder]
+        subprocess.run(report, check=True)
+        theirs = measure(start(False), args, plain_pid)
     print_comparison(ours, theirs)
 
 
+def starter(
+    args: argparse.Namespace, folder: Path, steps: int
+) -> Callable[[bool], Job]:
+    """Return what starts the job: under Mnemosyne, or by torchrun."""
+    corpus, places = folder / "corpus", (folder / "torchrun", folder / "mnemosyne")
+    checkpoints = f"--checkpoint-dir={folder / 'checkpoints'}"
+    saving = (checkpoints, f"--save-every={SAVE_EVERY}")
+    if args.engine == "megatron":
+        prepare = ROOT / "examples" / "megatron_gpt" / "prepare.py"
+        subprocess.run([BIN / "python", prepare, "--output", corpus], check=True)
+
+    def start(is_protected: bool) -> Job:
+        place = places[is_protected]
+        options = () if is_protected else saving
+        max_restarts = None if is_protected else args.kills
+        if args.device == "cuda":
+            return on_gpus(place, steps, args, *options, max_restarts=max_restarts)
+        if args.engine == "megatron":
+            return megatron(place, steps, corpus, *options, max_restarts=max_restarts)
+        if is_protected:
+            return protected(place, steps)
+        return plain(place, steps, *saving, max_restarts=args.kills)
+
+    return start
+
+
 def measure(
-    job: Job, find: Callable[[Job, int], int], kills: int, num_ranks: int
+    job: Job, args: argparse.Namespace, find: Callable[[Job, int], int]
 ) -> list[float]:
     """Kill one rank after the other; return the seconds of each recovery."""
+    num_ranks = MEGATRON_RANKS if args.engine == "megatron" else NUM_RANKS
+    if args.device == "cuda":
+        num_ranks = args.ranks
     moments = random.Random(0)
     killed_at = []
     try:
-        for kill in range(kills):
-            job.wait_for_step(FIRST_STEP + kill * STEPS_BETWEEN)
+        for kill in range(args.kills):
+            job.wait_for_step(args.first_step + kill * STEPS_BETWEEN)
+            if find is protected_pid and not has_warm_standby(job, kill):
+                sys.exit("recovery.py: no standby is ready: a later --first-step")
             time.sleep(moments.uniform(0.0, 0.1))  # any moment of a step
             pid = find(job, kill % num_ranks)
             killed_at.append(time.time())
@@ -101,6 +123,13 @@ def parse_args() -> argparse.Namespace:
         "--engine", choices=("deepspeed", "megatron"), default="deepspeed"
     )
     parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument(
+        "--first-step",
+        type=int,
+        default=48,
+        help="with a kill: by then the standby has imported what the workers use",
+    )
+    add_device_arguments(parser)
     return parser.parse_args()
 
 
