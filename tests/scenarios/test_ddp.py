@@ -69,3 +69,31 @@ def test_ddp_survives_kills_and_an_abort_bit_for_bit(
     redone = {(e.fields["rank"], e.fields["step"]) for e in aborted.events("redo")}
     assert redone == {(rank, 12) for rank in range(4)}
     aborted.check_nothing_is_left()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_model_survives_kills_bit_for_bit(
+    cluster: Job, tmp_path: Path, backend: str
+) -> None:
+    def job_in(folder: Path, chaos: list[str]) -> LocalCluster:
+        return cluster(
+            folder=folder,
+            script=Path(__file__).parent / "scripts" / "compiled.py",
+            script_args=[f"--backend={backend}", f"--loss-log={folder / 'losses.txt'}"],
+            chaos=chaos,
+            preload=["torch._dynamo"],
+            env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        )
+
+    healthy = job_in(tmp_path / "healthy", [])
+    assert healthy.wait(200) == [0], healthy.output()
+    chaos = ["kill rank=1 step=4 phase=forward", "kill rank=0 step=8 phase=vote"]
+    job = job_in(tmp_path / "killed", chaos)
+    assert job.wait(300) == [0], job.output()
+    kills = {0: 1, 1: 1}
+    assert_same_training(job, healthy, kills)
+    assert_survivors_stayed(job, kills)
+    assert job.output().count("has not waited for 0 works") == 4
+    job.check_nothing_is_left()
