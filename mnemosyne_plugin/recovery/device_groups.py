@@ -176,7 +176,6 @@ class DeviceGroups:
         """
         errors: list[Exception] = []
         works: list[Any] = []
-        out_of_memory: list[torch.OutOfMemoryError] = []
         device = self.devices.current() if groups else None
 
         def connect(group: DeviceGroup, once: bool) -> None:
@@ -187,8 +186,6 @@ class DeviceGroups:
                     works.append(work)
             except Exception as error:
                 errors.append(error)
-                if isinstance(error, torch.OutOfMemoryError):
-                    out_of_memory.append(error)
                 # The others may be in what this rank has not come to.
                 self._abort([group.abort_inner])
                 self._look()
@@ -205,8 +202,9 @@ class DeviceGroups:
         for thread in threads:
             thread.join()  # a failure of the mesh ends it, by ``release``
         self._connecting = ()
-        if out_of_memory:  # it would be in each repair
-            raise out_of_memory[0]
+        for error in errors:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise error  # so would each repair
         if errors:
             raise self._mesh.failure() or GroupAborted(str(errors[0]), self._rank)
         for work in works:

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from mnemosyne_plugin.errors import OutOfDeviceMemory
 from mnemosyne_plugin.events import EventLog
 from mnemosyne_plugin.recovery import device_groups
 from mnemosyne_plugin.recovery.device_groups import DeviceGroups
+from mnemosyne_plugin.recovery.manager import Manager
 
 
 class Group:
@@ -40,6 +43,25 @@ def manager_of(groups: list[Group], folder: Path, given_up: list[bool]) -> Devic
         find=lambda: groups,  # type: ignore[arg-type, return-value]
         give_up=lambda: given_up.append(True),
     )
+
+
+def test_out_of_memory_in_a_repair_is_told_as_what_it_is(tmp_path: Path) -> None:
+    def connect(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    fenced = list[str]()
+    groups = manager_of([], tmp_path, [])
+    groups.devices = SimpleNamespace(connect=connect, current=lambda: "device")  # type: ignore[assignment]
+    groups._mesh = SimpleNamespace(failure=lambda: None, fence=fenced.append)  # type: ignore[assignment]
+    group: Any = SimpleNamespace(abort_inner=lambda: None)
+    manager: Any = object.__new__(Manager)
+    manager._protection, manager.rank, manager.version = object(), 2, 7
+    manager._recover_once = lambda _: groups._connect([(group, True)])
+    with pytest.raises(
+        OutOfDeviceMemory, match="repaired in step 7, not in the script"
+    ):
+        manager._recover()
+    assert len(fenced) == 1  # nobody waits for this rank
 
 
 def test_aborts_run_side_by_side_and_are_given_time(tmp_path: Path) -> None:
