@@ -742,7 +742,8 @@ WorkPtr DeviceBackend::recvAnysource(Tensors& tensors, int tag) {
 
 // Behind it all that was begun before it has ended.
 WorkPtr DeviceBackend::barrier(const c10d::BarrierOptions& opts) {
-  if (!is_staging && mesh()->setup() == Mesh::Setup::kNone && inner_->current())
+  if (!is_staging && mesh()->setup() == Mesh::Setup::kNone &&
+      inner_->hasCollectives())
     return runInner({0}, [&](Backend& to) { return to.barrier(async(opts)); });
   try {
     inner_->wait();

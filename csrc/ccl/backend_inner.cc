@@ -75,7 +75,12 @@ void Inner::meet(const Group& group) {
   }
   meet_(group.id(), life, group.size());
   std::lock_guard<std::mutex> lock(mu_);
-  have_met_ = true;
+  if (standing_.life == life) have_met_ = true;
+}
+
+bool Inner::hasCollectives() const {
+  std::lock_guard<std::mutex> lock(mu_);
+  return standing_.collectives > 0 && !is_aborted_;
 }
 
 void Inner::note(const WorkPtr& work, int to, int from) {

@@ -36,6 +36,8 @@ class Inner {
   BackendPtr get(const Group& group, int64_t life);
   // Null if there is none.
   BackendPtr current() const;
+  // Whether all ranks have begun a collective with it, or are about to.
+  bool hasCollectives() const;
   // In front of a collective: sees to it that the first one finds all ranks
   // there. Ranks may come to it far apart, and NCCL waits for a shorter time.
   void meet(const Group& group);

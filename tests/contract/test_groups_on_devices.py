@@ -16,7 +16,7 @@ import torch.distributed as dist
 from world import Worker, World
 
 from mnemosyne_plugin.ccl.graphs import Graphs
-from mnemosyne_plugin.ccl.mesh import create_device_group
+from mnemosyne_plugin.ccl.mesh import create_device_group, create_group
 from mnemosyne_plugin.errors import (
     ConfigError,
     MnemosyneError,
@@ -332,6 +332,37 @@ def test_state_is_carried_by_a_group_of_all_ranks(world: World, tmp_path: Path) 
 
 def no_carrier(worker: Worker) -> bool:
     return worker.kept["manager"].carrier is None
+
+
+def send_and_meet(worker: Worker, folder: str) -> None:
+    """Have all ranks meet in a group that ranks 0 and 1 alone have used."""
+
+    def make(store: Any, rank: int, size: int) -> Any:
+        # As NCCL's, it is made by each rank for itself.
+        return create_group(worker.mesh, f"inner {folder}", range(size), 5.0)
+
+    group = create_device_group(
+        worker.mesh,
+        folder,
+        range(SIZE),
+        5.0,
+        device_type="cpu",
+        store=dist.FileStore(f"{folder}/store", SIZE),
+        make=make,
+    )
+    if worker.rank < 2:
+        send_or_receive = [group.send, group.recv][worker.rank]
+        send_or_receive([torch.ones(5)], 1 - worker.rank, 0).wait()
+    group.barrier().wait()
+    group.allreduce([torch.ones(5)]).wait()
+    group.barrier().wait()
+    assert group.inner is not None
+
+
+def test_ranks_meet_though_not_all_have_used_the_group(
+    world: World, tmp_path: Path
+) -> None:
+    world.run(send_and_meet, str(tmp_path))
 
 
 def destroy(worker: Worker) -> None:
