@@ -168,7 +168,7 @@ def _copy(tensors: Tensors, parts: Tensors, sums: Checksum) -> None:
     """Begin to, on the current stream."""
     for key, tensor in tensors.items():
         contents = _bytes_of(tensor)
-        parts[key].copy_(contents, non_blocking=True)
+        parts[key].copy_(contents, non_blocking=tensor.is_cuda)
         sums.add(contents)
     sums.fetch(wait=False)
 
