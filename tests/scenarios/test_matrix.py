@@ -11,8 +11,9 @@ from matrix.plan import Configuration
 from matrix.runs import OK, Runs
 
 ROWS = (*deepspeed_plan.DIAGONAL, *megatron_plan.DIAGONAL)
-# The longest of them, and what test_user_scripts and test_redundancy have in part.
-LONG = ("pp2v2-plain+overlap-fp32", "pipe+zero1-bf16", "zero3-fp32")
+# The longest of them, and what test_user_scripts, test_redundancy and
+# test_megatron_pretrain have in part.
+LONG = ("pp2v2-plain+overlap-fp32", "pipe+zero1-bf16", "zero3-fp32", "tp2-dist-fp32")
 
 
 def parameters() -> Iterator[Any]:
