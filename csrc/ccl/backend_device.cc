@@ -338,8 +338,8 @@ WorkPtr DeviceBackend::runInner(const Route& route, const Call& call,
   try {
     if (mesh()->hasFailed()) {
       absorb(*mesh(), *group, epoch, "");
-    } else if (const auto inner = connected(*group, epoch)) {
-      if (route.to < 0 && route.from < 0) inner_->meet(*group);
+    } else if (const auto inner =
+                   connected(*group, epoch, route.to < 0 && route.from < 0)) {
       joinBundle(inner);
       WorkPtr work = call(*inner, *args.value...);
       // What is captured is not in flight, and its work must not be asked.
@@ -409,9 +409,12 @@ WorkPtr DeviceBackend::connect(Tensors first) {
 }
 
 // Null if it cannot be had, and that is absorbed.
-Inner::BackendPtr DeviceBackend::connected(const Group& group, int64_t epoch) {
+Inner::BackendPtr DeviceBackend::connected(const Group& group, int64_t epoch,
+                                           bool is_collective) {
   try {
-    return ready(group, epoch);
+    Inner::BackendPtr inner = ready(group, epoch);
+    if (is_collective) inner_->meet(group);
+    return inner;
   } catch (...) {
     // Whatever it is, the others have what this rank has not.
     fail(group, epoch, describe(std::current_exception()));
@@ -446,6 +449,7 @@ void DeviceBackend::startCoalescing() {
   std::lock_guard<std::mutex> lock(bundle_mu_);
   is_bundling_ = true;
   bundling_ = nullptr;
+  bundle_use_.reset();
   bundle_.clear();
   bundle_error_ = nullptr;
 }
@@ -457,6 +461,7 @@ void DeviceBackend::joinBundle(const Inner::BackendPtr& inner) {
   if (!is_bundling_ || bundling_ || !inner->supportsCoalescing()) return;
   inner->startCoalescing();
   bundling_ = inner;
+  bundle_use_.emplace(*inner_);
 }
 
 WorkPtr DeviceBackend::keep(WorkPtr work) {
@@ -472,6 +477,7 @@ WorkPtr DeviceBackend::endCoalescing() {
   const Inner::Use use(*inner_);
   std::lock_guard<std::mutex> lock(bundle_mu_);
   is_bundling_ = false;
+  bundle_use_.reset();
   for (WorkPtr& work : std::exchange(bundle_, {}))
     works.push_back(std::move(work));
   std::exception_ptr error = std::exchange(bundle_error_, nullptr);

@@ -111,7 +111,8 @@ class DeviceBackend final : public MnemosyneBackend {
   void joinBundle(const Inner::BackendPtr& inner);
   WorkPtr keep(WorkPtr work);
   Inner::BackendPtr ready(const Group& group, int64_t epoch);
-  Inner::BackendPtr connected(const Group& group, int64_t epoch);
+  Inner::BackendPtr connected(const Group& group, int64_t epoch,
+                              bool is_collective);
   void fail(const Group& group, int64_t epoch, const std::string& why);
 
   const c10::DeviceType device_;
@@ -127,6 +128,8 @@ class DeviceBackend final : public MnemosyneBackend {
   std::mutex bundle_mu_;
   bool is_bundling_ = false;    // guarded by bundle_mu_
   Inner::BackendPtr bundling_;  // guarded by bundle_mu_: the one that coalesces
+  // Guarded by bundle_mu_: its messages have no works before its end.
+  std::optional<Inner::Use> bundle_use_;
   std::vector<WorkPtr> bundle_;      // guarded by bundle_mu_
   std::exception_ptr bundle_error_;  // guarded by bundle_mu_
 };

@@ -68,10 +68,19 @@ class Devices:
             torch.cuda.set_device(device)  # a thread begins with the first
         return group.connect([torch.zeros(1, device=device)] if once else [])
 
-    def wait(self) -> None:
-        """Wait for all that this process has given to its devices."""
-        if self.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()
+    def used(self) -> torch.device | None:
+        """Return the one that this thread uses, if this process uses any."""
+        if self.type == "cuda" and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return None
+        return self.current()
+
+    def wait(self, device: torch.device | None = None) -> None:
+        """Wait for all that this process has given to ``device``, or this thread's."""
+        if self.type != "cuda" or self.used() is None:
+            return
+        if device is not None:
+            torch.cuda.set_device(device)  # a thread begins with the first
+        torch.cuda.synchronize()
 
 
 def are_named(environment: Mapping[str, str] = os.environ) -> bool:

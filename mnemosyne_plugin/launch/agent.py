@@ -290,7 +290,7 @@ class Agent:
             cure=worker.cure,
             step=worker.step,
         )
-        self._loop.call_later(REAP_TIMEOUT_S, self._give_up_stuck, worker)
+        self._loop.call_later(EXIT_TIMEOUT_S, self._give_up_stuck, worker)
 
     def _give_up_stuck(self, worker: Worker) -> None:
         """End the job if a worker cannot end, since its driver does not let it."""

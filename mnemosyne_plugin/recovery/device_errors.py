@@ -75,6 +75,12 @@ def find(error: BaseException) -> DeviceError | None:
     return None
 
 
+def is_lasting(error: BaseException) -> bool:
+    """Whether it comes back however often the same is tried on this device."""
+    found = find(error)
+    return found is not None and found.cure in (Cure.USER, Cure.DEVICE)
+
+
 def look() -> None:
     """Raise the error of this thread's device, if it is one that stays."""
     if _is_in_use():

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mnemosyne_plugin.ccl.devices import DeviceGroup, Devices, device_groups
 from mnemosyne_plugin.ccl.graphs import Graphs
 from mnemosyne_plugin.errors import GroupAborted
 from mnemosyne_plugin.events import EventLog
+from mnemosyne_plugin.recovery import device_errors
 from mnemosyne_plugin.recovery.control import ControlGroup
 
 _ABORT_S = 10.0  # an abort that takes longer, of what is connected, never ends
@@ -82,6 +84,7 @@ class DeviceGroups:
         self._events = events
         self._find = find
         self._give_up = give_up
+        self._device: torch.device | None = None  # the main thread's
         self._connecting: Sequence[DeviceGroup] = ()
         self.carrier: Carrier | None = None
         """What moves state, once groups have settled; the same on all ranks."""
@@ -92,6 +95,7 @@ class DeviceGroups:
 
     def wait(self) -> None:
         """Wait for all that the devices were given."""
+        self._device = self.devices.used()
         self.devices.wait()
 
     def finish(self) -> None:
@@ -115,10 +119,12 @@ class DeviceGroups:
         that: it holds no lost rank, and nothing was in flight in it.
         """
         self.carrier = None
+        # What they were given before may still write to what is restored next. If the
+        # reader's thread came too late to see the failure, nothing is aborted yet.
+        self._device = self.devices.used()
+        self.release()
         self._join_aborts()  # what one has not yet hit would pass for quiet
-        # What they were given before may still write to what is restored next. One
-        # that is broken tells here, and costs this worker.
-        self.wait()
+        self.wait()  # one that is broken tells here, and costs this worker
         groups = {group.key: group for group in self._find()}
         offers = {key: self._offer(group) for key, group in groups.items()}
         blobs = control.gather(json.dumps(offers).encode())
@@ -203,7 +209,7 @@ class DeviceGroups:
             thread.join()  # a failure of the mesh ends it, by ``release``
         self._connecting = ()
         for error in errors:
-            if isinstance(error, torch.OutOfMemoryError):
+            if device_errors.is_lasting(error):
                 raise error  # so would each repair
         if errors:
             raise self._mesh.failure() or GroupAborted(str(errors[0]), self._rank)
@@ -222,6 +228,12 @@ class DeviceGroups:
                 thread.start()
                 self._aborts.append(thread)
 
+    def _drain(self) -> None:
+        """Wait for the device as for an abort, which has a time limit."""
+        if self._device is not None:
+            with suppress(RuntimeError):  # the main thread tells of it
+                self.devices.wait(self._device)
+
     # --- the reader's thread ------------------------------------------------------
 
     def release(self) -> None:
@@ -231,7 +243,7 @@ class DeviceGroups:
         others = list(self._connecting)
         if self._graphs is not None:
             others += self._graphs.in_flight()
-        self._abort([*busy, *(group.abort_inner for group in others)])
+        self._abort([*busy, *(group.abort_inner for group in others), self._drain])
 
     def watch(self) -> float:
         """Fence the mesh if a group has failed on its device, and links know nothing.

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import torch
-
 from mnemosyne_plugin import ccl
 from mnemosyne_plugin.ccl.devices import are_named, find_devices
 from mnemosyne_plugin.ccl.graphs import Graphs
@@ -39,7 +37,7 @@ from mnemosyne_plugin.recovery.commit import Decision, Outcome, Report, decide
 from mnemosyne_plugin.recovery.control import ControlGroup
 from mnemosyne_plugin.recovery.device import Device
 from mnemosyne_plugin.recovery.device_groups import DeviceGroups
-from mnemosyne_plugin.recovery.membership import Membership
+from mnemosyne_plugin.recovery.membership import Cure, Membership
 from mnemosyne_plugin.recovery.protection import Position, Protection
 from mnemosyne_plugin.state.image import Shard
 from mnemosyne_plugin.state.manifest import TrainingState
@@ -288,8 +286,8 @@ class Manager:
 
     def _is_mended(self, error: RuntimeError) -> bool:
         """Whether a recovery mends what has raised ``error``."""
-        if isinstance(error, RecoverableError):
-            return True
+        if isinstance(error, RecoverableError | FatalError):
+            return isinstance(error, RecoverableError)
         return self.is_device_lost and self.has_failed  # from now on all know
 
     def wait_for_device(self) -> None:
@@ -687,19 +685,24 @@ class Manager:
                         f"the job could not be repaired in {_TIMEOUT_S:.0f} s: {error}"
                     ) from error
                 self._enter(State.FENCED)
-            except torch.OutOfMemoryError as error:
-                # The script has not asked for it, and each repair would.
-                raise OutOfDeviceMemory(
-                    f"rank {self.rank} ran out of memory on its device while the job "
-                    f"was repaired in step {self.version}, not in the script: {error}; "
-                    "a step that leaves more of it free can be repaired"
-                ) from error
+            except FatalError:
+                raise
             except RuntimeError as error:
+                self._check_memory(error)
                 # This rank's device, or another's: then NCCL's part is cut short.
-                is_mended = self.has_device_proxy and self.is_doomed
-                if isinstance(error, FatalError) or not is_mended:
+                if not (self.has_device_proxy and self.is_doomed):
                     raise
                 self._enter(State.FENCED)
+
+    def _check_memory(self, error: BaseException) -> None:
+        """Raise OutOfDeviceMemory if that is what it is: each repair would be again."""
+        found = device_errors.find(error)
+        if found is not None and found.cure is Cure.USER:
+            raise OutOfDeviceMemory(
+                f"rank {self.rank} ran out of memory on its device in step "
+                f"{self.version}, by what NCCL or a repair needs beside the script: "
+                f"{error}; leave more of it free"
+            ) from error
 
     def _count_loss(self) -> None:
         """Raise FatalError where the device is lost in the same step for ever."""
@@ -724,6 +727,8 @@ class Manager:
         if failure is not None or self._agent.membership.epoch > self.mesh.epoch:
             self._failure = failure or self._failure
             self._enter(State.FENCED)
+            if failure is not None:
+                self._check_memory(failure)
             if self._device is None:
                 device_errors.look()  # nobody repairs it: this worker is replaced
             elif self._device.recover():

@@ -1,8 +1,8 @@
 """A checksum of tensors' bytes, made where they lie.
 
 In host memory it is their CRC-32. On a device the words of each block are summed up,
-each times an odd number of its place, and the CRC-32 is that of the sums: any one word
-that differs makes another sum.
+each times an odd number of its place, and the CRC-32 is that of the sums: one word that
+differs makes another sum, and so do two that change places.
 """
 
 import ctypes
@@ -11,8 +11,10 @@ from collections.abc import Iterable
 
 import torch
 
+# A word, or the difference of two, times a factor or the difference of two is not a
+# multiple of 2^64: no changed word is missed, and no exchange of two.
 _BLOCK_BYTES = 1 << 23
-_WORD_BYTES = 8
+_WORD_BYTES = 4
 
 
 def checksum(parts: Iterable[torch.Tensor]) -> int:
@@ -34,7 +36,7 @@ def crc_of(contents: torch.Tensor, crc: int = 0) -> int:
 class Checksum:
     """One in the making. What lies on a device, on one, is summed up there.
 
-    It works on the current stream, and takes three blocks of the device's memory.
+    It works on the current stream, and takes five blocks of the device's memory.
     """
 
     def __init__(self) -> None:
@@ -65,7 +67,7 @@ class Checksum:
         if padding or len(self._block) > 1 or block.data_ptr() % _WORD_BYTES:
             zeros = torch.zeros(padding, dtype=torch.uint8, device=device)
             block = torch.cat([*self._block, zeros])
-        words = block.view(torch.int64)
+        words = block.view(torch.int32)
         if not self._sums:
             last = 2 * (_BLOCK_BYTES // _WORD_BYTES)
             self._factors = torch.arange(1, last, 2, device=device)

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -60,6 +61,12 @@ class Image:
     head_crc: int
     body_checksum: int
     """As ``checksum`` of the tensors, where these lie."""
+
+    @property
+    def host_bytes(self) -> int:
+        """What ``data`` takes of memory: torch pins powers of two."""
+        size = len(self.data)
+        return 1 << (size - 1).bit_length() if self.data.is_pinned() else size
 
     def header(self) -> torch.Tensor:
         """Return what ``of_header`` needs, ``[5]`` int64."""
@@ -146,7 +153,11 @@ class Copying:
     @property
     def is_done(self) -> bool:
         """Whether ``finish`` would not wait."""
-        return self._end is None or bool(self._end.query())  # type: ignore[no-untyped-call]
+        if self._end is None:
+            return True
+        # A question while a graph is captured would break the capture.
+        is_capturing = torch.cuda.is_current_stream_capturing()
+        return not is_capturing and bool(self._end.query())  # type: ignore[no-untyped-call]
 
     def finish(self) -> Image:
         """Wait until all has been copied, and return it."""
@@ -201,4 +212,8 @@ def _buffer(size: int, spare: torch.Tensor | None, is_pinned: bool) -> torch.Ten
     """Return ``spare`` if it fits: fresh memory costs a page fault per 4 KiB."""
     if spare is not None and len(spare) == size and is_pinned <= spare.is_pinned():
         return spare
-    return torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
+    if is_pinned:
+        # Pages that cannot be pinned are as good, only slower.
+        with suppress(RuntimeError):
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(size, dtype=torch.uint8)

@@ -164,9 +164,9 @@ class Snapshots:
     def footprint(self) -> Footprint:
         """Return what snapshots as large as the newest ones cost."""
         kept = [images for images in (self._own, *self._of_wards.values()) if images]
-        sizes = [len(images[max(images)].data) for images in kept]
-        own = sizes[0] if self._own else 0
-        return Footprint(own, own * len(self._buddies), _KEPT_VERSIONS * sum(sizes))
+        host_bytes = sum(images[max(images)].host_bytes for images in kept)
+        own = len(self._own[max(self._own)].data) if self._own else 0
+        return Footprint(own, own * len(self._buddies), _KEPT_VERSIONS * host_bytes)
 
     def _send(self, image: Image, buddies: Collection[int]) -> None:
         assert self._endpoints is not None

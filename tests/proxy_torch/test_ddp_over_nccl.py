@@ -23,6 +23,7 @@ def test_a_rank_whose_device_dies_at_random_commands_changes_nothing(
     assert set(job.num_recoveries) == {victim}
     assert job.num_recoveries[victim] > 10
     assert len(job.pids) == len(job.groups) == 2
+    assert job.received
     assert all(size == carried for size, carried in job.received)
 
 

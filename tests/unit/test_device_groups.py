@@ -18,6 +18,9 @@ from mnemosyne_plugin.recovery.manager import Manager
 class Group:
     """Something is in flight in it, and its abort waits for ``may_end``."""
 
+    key = 1
+    global_ranks = (0,)
+
     def __init__(self) -> None:
         self.may_end = threading.Event()
         self.is_aborting = threading.Event()
@@ -34,7 +37,9 @@ class Group:
 
 
 def manager_of(groups: list[Group], folder: Path, given_up: list[bool]) -> DeviceGroups:
-    devices: Any = SimpleNamespace(connect_s=0.0)
+    devices: Any = SimpleNamespace(
+        connect_s=0.0, type="cpu", used=lambda: None, wait=lambda device=None: None
+    )
     return DeviceGroups(
         devices,
         SimpleNamespace(),  # type: ignore[arg-type]
@@ -45,9 +50,18 @@ def manager_of(groups: list[Group], folder: Path, given_up: list[bool]) -> Devic
     )
 
 
-def test_out_of_memory_in_a_repair_is_told_as_what_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.distributed.DistBackendError("NCCL: Cuda failure 2 'out of memory'"),
+    ],
+)
+def test_out_of_memory_in_a_repair_is_told_as_what_it_is(
+    tmp_path: Path, error: Exception
+) -> None:
     def connect(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     fenced = list[str]()
     groups = manager_of([], tmp_path, [])
@@ -57,9 +71,7 @@ def test_out_of_memory_in_a_repair_is_told_as_what_it_is(tmp_path: Path) -> None
     manager: Any = object.__new__(Manager)
     manager._protection, manager.rank, manager.version = object(), 2, 7
     manager._recover_once = lambda _: groups._connect([(group, True)])
-    with pytest.raises(
-        OutOfDeviceMemory, match="repaired in step 7, not in the script"
-    ):
+    with pytest.raises(OutOfDeviceMemory, match="rank 2 ran out of memory .* step 7"):
         manager._recover()
     assert len(fenced) == 1  # nobody waits for this rank
 
@@ -89,3 +101,30 @@ def test_a_process_whose_abort_never_ends_gives_itself_up(
     assert given_up == [True]
     assert "device_hangs" in next(tmp_path.glob("events/*")).read_text()
     groups[0].may_end.set()
+
+
+def test_a_repair_aborts_what_nobody_has_aborted(tmp_path: Path) -> None:
+    # The reader's thread found the failure repaired already.
+    group, given_up = Group(), list[bool]()
+    manager = manager_of([group], tmp_path, given_up)
+    manager._abort_s = 30.0
+    manager.devices.wait = lambda device=None: group.is_aborting.wait()  # type: ignore
+    control: Any = SimpleNamespace(gather=lambda blob: [])
+    group.may_end.set()
+    with pytest.raises(IndexError):  # no rank has told of its groups
+        manager.settle(control)
+    assert group.is_aborting.is_set() and not given_up
+
+
+def test_a_process_whose_device_never_answers_gives_itself_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_groups, "_ABORT_S", 0.0)
+    answers, given_up = threading.Event(), list[bool]()
+    manager = manager_of([], tmp_path, given_up)
+    manager.devices.wait = lambda device=None: answers.wait()  # type: ignore
+    manager._device = torch.device("cpu")
+    manager.release()
+    manager.watch()
+    assert given_up == [True]
+    answers.set()

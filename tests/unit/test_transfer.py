@@ -156,6 +156,18 @@ def test_a_devices_checksum_tells_each_changed_byte_and_each_exchange(
     words = data[:200].view(torch.int64).clone()
     words[[3, 5]] = words[[5, 3]]
     assert value(data=torch.cat([words.view(torch.uint8), data[200:]])) != right
+    # Signs, in which words differ by half of what an int64 holds.
+    numbers = torch.zeros(16)
+    numbers[1], numbers[9] = 1.0, -1.0
+
+    def of(numbers: torch.Tensor) -> int:
+        return value(data=numbers.view(torch.uint8))
+
+    exchanged = numbers.clone()
+    exchanged[[1, 9]] = numbers[[9, 1]]
+    assert len({of(numbers), of(-numbers), of(exchanged)}) == 3
+    doubles = torch.randn(8, dtype=torch.float64)
+    assert of(doubles) != of(-doubles)
     # Where the bytes lie is not part of it.
     assert value(data=torch.cat([torch.zeros(3, dtype=torch.uint8), data])[3:]) == right
     assert value(5, 11, 40) == value(5, 11, 40, data=data.clone())

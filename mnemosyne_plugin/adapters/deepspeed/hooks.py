@@ -191,6 +191,7 @@ class EngineHooks:
                 with self._commit.unwound():
                     output = self._forward(*args, **kwargs)
                     self._manager.wait_for_device()
+                    self._manager.collect()  # the snapshot's copy is made by now
                     if not self._manager.has_failed:
                         self._keep_results(micro_batch, output)
                         break
@@ -257,6 +258,7 @@ class EngineHooks:
         if not self._is_in_step:
             return self._backward(loss, *args, **kwargs)
         self._look_for_foreign_collectives()
+        self._manager.collect()
         micro_batches = self._steps[-1].micro_batches
         try:
             self._note_loss(micro_batches[-1], loss, *args, **kwargs)
