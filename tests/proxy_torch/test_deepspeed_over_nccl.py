@@ -46,7 +46,7 @@ def test_a_rank_whose_device_dies_at_random_commands_changes_nothing(
     assert job.lines == undisturbed.lines
     assert len(job.lines) == 2 * NUM_STEPS + 2  # and a hash of each rank
     assert set(job.num_recoveries) == {victim}
-    assert job.num_recoveries[victim] > 10
+    assert job.num_recoveries[victim] > 6
     assert len(job.pids) == len(job.groups) == 2
 
 
