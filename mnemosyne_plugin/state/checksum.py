@@ -17,6 +17,11 @@ _BLOCK_BYTES = 1 << 23
 _WORD_BYTES = 4
 
 
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the contents as ``[size_bytes]`` uint8; a view, if the order allows it."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
 def checksum(parts: Iterable[torch.Tensor]) -> int:
     """Return that of ``parts``, each ``[n]`` uint8, in 32 bits."""
     whole = Checksum()

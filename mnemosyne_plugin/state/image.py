@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from mnemosyne_plugin.errors import StateMismatch
-from mnemosyne_plugin.state.checksum import Checksum, checksum, crc_of
+from mnemosyne_plugin.state.checksum import Checksum, bytes_of, checksum, crc_of
 from mnemosyne_plugin.state.manifest import Entry, describe
 
 Tensors = dict[str, torch.Tensor]
@@ -95,7 +95,7 @@ class Image:
                 tensor = tensors[entry.key]
                 tensor.copy_(part.view(tensor.dtype).reshape(tensor.shape))
         loaded = {entry.key: tensors[entry.key] for entry in manifest}
-        sums = (checksum(map(_bytes_of, t.values())) for t in _parted(loaded))
+        sums = (checksum(map(bytes_of, t.values())) for t in _parted(loaded))
         self._check(_joined(*sums), self.body_checksum)
         shard.load_scalars(scalars)
         return bytes(pack)
@@ -178,7 +178,7 @@ def _parted(tensors: Tensors) -> tuple[Tensors, Tensors]:
 def _copy(tensors: Tensors, parts: Tensors, sums: Checksum) -> None:
     """Begin to, on the current stream."""
     for key, tensor in tensors.items():
-        contents = _bytes_of(tensor)
+        contents = bytes_of(tensor)
         parts[key].copy_(contents, non_blocking=tensor.is_cuda)
         sums.add(contents)
     sums.fetch(wait=False)
@@ -192,11 +192,6 @@ def _joined(*checksums: int) -> int:
 def _stream(device: torch.device) -> torch.cuda.Stream:
     # Of the lowest priority.
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the contents as ``[size_bytes]`` uint8, in their order."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _places(sizes: Sequence[int]) -> tuple[list[int], int]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from mnemosyne_plugin.errors import StateMismatch
-from mnemosyne_plugin.state.checksum import checksum
+from mnemosyne_plugin.state.checksum import bytes_of, checksum
 from mnemosyne_plugin.state.manifest import TrainingState, describe, digest
 from mnemosyne_plugin.state.plan import plan
 
@@ -171,7 +171,7 @@ def _bytes_of(tensor: torch.Tensor, carrier: Carrier | None) -> torch.Tensor:
 
     A view, if they are there and their order allows it.
     """
-    contents = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    contents = bytes_of(tensor)
     return contents if _is_carried(contents, carrier) else contents.cpu()
 
 

@@ -16,9 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
-from train_deepspeed import hash_of, state
+from train_deepspeed import config, hash_of, state
 
-NUM_MICRO_BATCHES, MICRO_BATCH = 2, 4
+NUM_MICRO_BATCHES, MICRO_BATCH = 2, 4  # as the ds_config says
 
 
 class Embedding(nn.Module):
@@ -45,23 +45,6 @@ def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(scores.float().flatten(0, 1), targets.flatten())
 
 
-def config(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the ds_config."""
-    return {
-        "train_micro_batch_size_per_gpu": MICRO_BATCH,
-        "gradient_accumulation_steps": NUM_MICRO_BATCHES,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {
-            "stage": options.stage,
-            "reduce_bucket_size": 100_000,
-            "allgather_bucket_size": 100_000,
-        },
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": options.dtype == "bf16"},
-        "mnemosyne": {},
-    }
-
-
 def main() -> None:
     """Train as the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -69,6 +52,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--log", default=os.devnull)
+    parser.set_defaults(plain=True)
     options = parser.parse_args()
     torch.backends.cuda.enable_cudnn_sdp(False)  # has no host function
     torch.backends.cuda.enable_mem_efficient_sdp(False)

@@ -138,19 +138,26 @@ void reduce(const Launch& launch, const Reduction<Operation>& by) {
   });
 }
 
+// Returns the value that an output stands for, and its place among its inputs.
+template <typename In, typename Operation>
+auto findMost(const Reduction<Operation>& by, uint32_t offset) {
+  auto most = by.identity;
+  int64_t index = 0;
+  by.inputs.forEach(by.config.num_inputs, [&](const auto& input) {
+    most = by.operation.reduce(
+        most, *reinterpret_cast<const In*>(by.from + offset + input[0]),
+        index++);
+  });
+  return most;
+}
+
 template <typename In, typename Operation>
 void reduceToPlaces(const Launch& launch, const Reduction<Operation>& by) {
   if (by.accumulates || !by.is_final || by.base_index != 0) {
     return launch.fail(proxy::kCudaNotSupported);
   }
   by.outputs.forEach(by.config.num_outputs, [&](const auto& output) {
-    auto most = by.identity;
-    int64_t index = 0;
-    by.inputs.forEach(by.config.num_inputs, [&](const auto& input) {
-      const auto* in =
-          reinterpret_cast<const In*>(by.from + output[1] + input[0]);
-      most = by.operation.reduce(most, *in, index++);
-    });
+    const auto most = findMost<In>(by, output[1]);
     const uint32_t place = output[0] / sizeof(In);
     reinterpret_cast<In*>(by.to[0])[place] = convert<In>(most.value);
     if (by.num_outputs > 1) {
@@ -165,14 +172,8 @@ void reduceToIndices(const Launch& launch, const Reduction<Operation>& by) {
     return launch.fail(proxy::kCudaNotSupported);
   }
   by.outputs.forEach(by.config.num_outputs, [&](const auto& output) {
-    auto most = by.identity;
-    int64_t index = 0;
-    by.inputs.forEach(by.config.num_inputs, [&](const auto& input) {
-      most = by.operation.reduce(
-          most, *reinterpret_cast<const In*>(by.from + output[1] + input[0]),
-          index++);
-    });
-    *reinterpret_cast<int64_t*>(by.to[0] + output[0]) = most.index;
+    *reinterpret_cast<int64_t*>(by.to[0] + output[0]) =
+        findMost<In>(by, output[1]).index;
   });
 }
 
